@@ -1,0 +1,182 @@
+"""Tiny seeded models, the stock model as oracle, and a guard that nothing leaves the machine or is logged unseen."""
+
+import logging
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+
+# Before transformers is imported: no cache of the user's is read or written, and no hub is asked.
+_home = tempfile.TemporaryDirectory(prefix="sam-split-tests-")
+os.environ.update(HF_HOME=_home.name, HF_MODULES_CACHE=f"{_home.name}/modules", HF_HUB_OFFLINE="1")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+from transformers import AutoModel, PreTrainedModel, SamConfig, SamModel  # noqa: E402
+from transformers.dynamic_module_utils import get_class_from_dynamic_module  # noqa: E402
+from transformers.utils.logging import disable_progress_bar  # noqa: E402
+
+
+disable_progress_bar()
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Windows that do not divide the grid (so that padding counts), one global layer, heads of 14 channels.
+TINY = {
+    "vision_config": {
+        "hidden_size": 28,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 3,
+        "global_attn_indexes": [1],
+        "image_size": 64,
+        "patch_size": 8,
+        "window_size": 3,
+        "output_channels": 16,
+        "num_pos_feats": 8,
+        "mlp_dim": 32,
+    },
+    "prompt_encoder_config": {"hidden_size": 16, "image_size": 64, "patch_size": 8, "mask_input_channels": 4},
+    "mask_decoder_config": {
+        "hidden_size": 16,
+        "mlp_dim": 16,
+        "num_attention_heads": 2,
+        "iou_head_hidden_dim": 16,
+    },
+}
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any connection but to this machine fails the test."""
+    connect = socket.socket.connect
+
+    def guarded(self: socket.socket, address, *args):
+        if isinstance(address, tuple) and address[0] not in ("127.0.0.1", "localhost", "::1"):
+            raise AssertionError(f"a test tried to reach {address}")
+        return connect(self, address, *args)
+
+    monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def logged() -> Iterator[list[str]]:
+    """The warnings and errors that transformers logs during the test."""
+    messages: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("transformers")
+    logger.addHandler(handler)
+    yield messages
+    logger.removeHandler(handler)
+
+
+def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Fills every parameter with noise: SAM initialises `rel_pos_*` and biases to zero, which hides mistakes."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def tiny_config(**vision) -> SamConfig:
+    return SamConfig(**{**TINY, "vision_config": {**TINY["vision_config"], **vision}})
+
+
+def stock_model(**vision) -> SamModel:
+    """A stock `SamModel` with non-zero weights everywhere, in evaluation mode."""
+    return randomize(SamModel(tiny_config(**vision))).eval()
+
+
+def split_class(name: str = "SamSplitModel") -> type[PreTrainedModel]:
+    """A class of this checkout, as a user without a model repo gets it."""
+    return get_class_from_dynamic_module(f"modeling_sam_split.{name}", str(ROOT))
+
+
+@pytest.fixture(scope="session")
+def stock() -> SamModel:
+    """Shared: tests must not change it."""
+    return stock_model()
+
+
+@pytest.fixture(scope="session")
+def stock_dir(stock: SamModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("stock") / "sam"
+    stock.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def split_dir(stock_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model repo with split weights, made as users make it."""
+    path = tmp_path_factory.mktemp("split") / "sam-split"
+    split_class().from_pretrained(stock_dir).save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def load(split_dir: Path) -> Callable[..., PreTrainedModel]:
+    """Loads the model repo by the user's road."""
+    return lambda path=split_dir, **kwargs: AutoModel.from_pretrained(path, trust_remote_code=True, **kwargs)
+
+
+@pytest.fixture
+def inputs() -> dict[str, torch.Tensor]:
+    """Two images with two prompts each."""
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "pixel_values": torch.randn(2, 3, 64, 64, generator=generator),
+        "input_points": 64 * torch.rand(2, 2, 1, 2, generator=generator),
+    }
+
+
+def run_python(code: str, *, expect_failure: bool = False) -> str:
+    """Runs `code` in a fresh interpreter, with this one's caches, and returns what it prints."""
+    process = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=300, check=False
+    )
+    output = process.stdout + process.stderr
+    assert (process.returncode != 0) == expect_failure, output
+    return output
+
+
+def assert_same_outputs(actual, expected, tolerance: float = 1e-5) -> None:
+    """Every output agrees to `tolerance` of its own scale."""
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        actual_tensors, expected_tensors = (
+            [output[name]] if isinstance(output[name], torch.Tensor) else list(output[name]) for output in (actual, expected)
+        )
+        assert len(actual_tensors) == len(expected_tensors), name
+        for actual_tensor, expected_tensor in zip(actual_tensors, expected_tensors, strict=True):
+            if expected_tensor is None:
+                assert actual_tensor is None, name
+                continue
+            assert actual_tensor.shape == expected_tensor.shape, name
+            error = (actual_tensor.float() - expected_tensor.float()).abs().max()
+            assert error <= tolerance * expected_tensor.float().abs().max(), f"{name}: {error}"
+
+
+def assert_holds_weights_of(split: nn.Module, stock: nn.Module, dtype: torch.dtype = torch.float32) -> None:
+    """`split` holds exactly the weights of `stock`, bit for bit after the cast to `dtype`."""
+    actual = {name: tensor.cpu() for name, tensor in split.state_dict().items()}
+    for name, tensor in stock.state_dict().items():
+        tensor = tensor.to(dtype)
+        if ".attn.qkv." in name:
+            parts = [actual.pop(name.replace(".qkv.", f".{part}.")) for part in "qkv"]
+            assert [len(part) for part in parts] == [len(tensor) // 3] * 3
+            assert torch.equal(torch.cat(parts), tensor), name
+        else:
+            assert torch.equal(actual.pop(name), tensor), name
+    assert not actual, f"weights that stock does not have: {list(actual)}"
