@@ -152,7 +152,9 @@ class SamVisionAttentionSplit(SamVisionAttention):
         What would leave the projections half loaded goes to `error_msgs`, on which `load_state_dict` raises even with
         `strict=False`.
         """
-        own_keys = {prefix + key for key in module.state_dict() if key.split(".")[0] in PROJECTIONS}
+        own_keys = {
+            f"{prefix}{name}.{kind}" for name in PROJECTIONS for kind in ("weight", "bias")
+        } & {prefix + key for key in module.state_dict()}
         for kind in ("weight", "bias"):
             fused_key = f"{prefix}qkv.{kind}"
             if fused_key not in state_dict:
@@ -300,6 +302,21 @@ class SamSplitPreTrainedModel(SamPreTrainedModel):
                 f"{'; '.join(problems)}."
             )
         return (model, loading_info) if output_loading_info else model
+
+    def load_adapter(self, *args, **kwargs):
+        """As in `PreTrainedModel`, but never with random adapter weights, as transformers 5.0 leaves them.
+
+        Raises:
+            ValueError: If weights of the adapter do not reach the model, which must then be loaded anew.
+        """
+        loading_info = super().load_adapter(*args, **kwargs)
+        if missing := sorted(getattr(loading_info, "missing_keys", ())):  # some releases return None
+            raise ValueError(
+                "The adapter's weights did not reach the model, which now holds random ones: load the model anew, then "
+                "the adapter with peft's PeftModel.from_pretrained(model, adapter), or upgrade transformers. Not "
+                f"found: {', '.join(missing)}."
+            )
+        return loading_info
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As in `PreTrainedModel`: always split weights, with the code that loads them."""
