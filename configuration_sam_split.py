@@ -23,7 +23,8 @@ class StockConfigMixin:
         """Returns `config` itself if it is of this class already, else one of this class with the same settings."""
         if isinstance(config, cls):
             return config
-        return cls.from_dict(_as_split(config.to_dict()), attn_implementation=config._attn_implementation)
+        settings = _as_split(config.to_dict())
+        return cls.from_dict(settings, attn_implementation=config._attn_implementation)  # type: ignore[attr-defined]
 
     @classmethod
     def get_config_dict(cls, *args, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -32,7 +33,7 @@ class StockConfigMixin:
         Raises:
             ValueError: If the file configures another architecture.
         """
-        config_dict, kwargs = super().get_config_dict(*args, **kwargs)
+        config_dict, kwargs = super().get_config_dict(*args, **kwargs)  # type: ignore[misc]
         return _as_split(config_dict), kwargs
 
 

@@ -83,7 +83,9 @@ class SplitQKVConverter(WeightConverter):
         if match := re.search(r"(.*\.attn)\.(qkv|[qkv])\.", source_key):
             layer, form = match[1], "fused" if match[2] == "qkv" else "split"
             if self.forms.setdefault(layer, form) != form:
-                raise ValueError(f"The checkpoint holds both a fused qkv and separate q, k, v for {layer}: remove one.")
+                raise ValueError(
+                    f"The checkpoint holds both a fused qkv and separate q, k, v for {layer}: remove one."
+                )
         return super().rename_source_key(source_key)
 
     def convert(self, layer_name: str, **kwargs):
@@ -101,7 +103,7 @@ class QuantizeEach(ConversionOps):
 
     def convert(self, input_dict: dict[str, torch.Tensor], full_layer_name: str = "", **kwargs) -> dict[str, Any]:
         """Returns the quantized parameters by full name."""
-        quantized = {}
+        quantized: dict[str, Any] = {}
         for name, tensor in input_dict.items():
             quantized |= self.quantize.convert({name: [tensor]}, full_layer_name=name, **kwargs)
         return quantized
@@ -152,9 +154,9 @@ class SamVisionAttentionSplit(SamVisionAttention):
         What would leave the projections half loaded goes to `error_msgs`, on which `load_state_dict` raises even with
         `strict=False`.
         """
-        own_keys = {
-            f"{prefix}{name}.{kind}" for name in PROJECTIONS for kind in ("weight", "bias")
-        } & {prefix + key for key in module.state_dict()}
+        own_keys = {f"{prefix}{name}.{kind}" for name in PROJECTIONS for kind in ("weight", "bias")} & {
+            prefix + key for key in module.state_dict()
+        }
         for kind in ("weight", "bias"):
             fused_key = f"{prefix}qkv.{kind}"
             if fused_key not in state_dict:
@@ -312,7 +314,7 @@ class SamSplitPreTrainedModel(SamPreTrainedModel):
         loading_info = super().load_adapter(*args, **kwargs)
         if missing := sorted(getattr(loading_info, "missing_keys", ())):  # some releases return None
             raise ValueError(
-                "The adapter's weights did not reach the model, which now holds random ones: load the model anew, then "
+                "The adapter's weights did not reach the model, which now holds random ones: load the model anew, and "
                 "the adapter with peft's PeftModel.from_pretrained(model, adapter), or upgrade transformers. Not "
                 f"found: {', '.join(missing)}."
             )

@@ -151,7 +151,7 @@ def _polar(radii: np.ndarray) -> np.ndarray:
     return np.stack([radii * np.cos(angles), radii * np.sin(angles)], axis=1)
 
 
-def _outline_mask(rng: np.random.Generator, size: int, radius: float, kind: int) -> Image.Image:
+def _outline_mask(rng: np.random.Generator, size: int, radius: float, kind: int | np.integer) -> Image.Image:
     outline = _OUTLINES[kind](rng) * radius
     angle = rng.uniform(0, 2 * np.pi)
     rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
@@ -178,6 +178,7 @@ def _texture(rng: np.random.Generator, height: int, width: int, difficulty: floa
     ys, xs = np.arange(height, dtype=np.float32)[:, None], np.arange(width, dtype=np.float32)
     angle, frequency = rng.uniform(0, np.pi), 1 / rng.uniform(8, 40)
     along = np.cos(angle) * xs + np.sin(angle) * ys
+    mix: np.ndarray
     if pattern == 0:
         mix = np.zeros((height, width), dtype=np.float32)
     elif pattern == 1:
@@ -200,7 +201,9 @@ def _photograph(rng: np.random.Generator, image: np.ndarray, difficulty: float) 
     if rng.random() < 0.3:
         image = image.mean(axis=-1, keepdims=True).repeat(3, axis=-1)
     if rng.random() < 0.5:
-        light = Image.fromarray((rng.random((3, 3)) * 255).astype(np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
+        light = Image.fromarray((rng.random((3, 3)) * 255).astype(np.uint8)).resize(
+            (size, size), Image.Resampling.BICUBIC
+        )
         image = image * (1 - 0.5 * difficulty * np.asarray(light, dtype=np.float32)[..., None] / 255)
     contrast = 1 - difficulty * rng.uniform(0, 0.5)
     image = image * contrast + rng.uniform(0, 255) * (1 - contrast)

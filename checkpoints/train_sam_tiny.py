@@ -1,13 +1,12 @@
 """Trains `sam-tiny`, a small stock `SamModel` that really segments, from scratch on drawn scenes.
 
-    python checkpoints/train_sam_tiny.py --output checkpoints/sam-tiny
+python checkpoints/train_sam_tiny.py --output checkpoints/sam-tiny
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 from pathlib import Path
 
 import torch
@@ -36,7 +35,9 @@ def main() -> None:
     set_seed(args.seed)
     model = build_model()
     processor = build_processor()
-    scenes = DrawnScenes(args.steps * args.batch_size, args.seed, IMAGE_SIZE, args.prompts, ramp=args.ramp * args.batch_size)
+    scenes = DrawnScenes(
+        args.steps * args.batch_size, args.seed, IMAGE_SIZE, args.prompts, ramp=args.ramp * args.batch_size
+    )
     batches = DataLoader(scenes, args.batch_size, num_workers=args.workers, prefetch_factor=8)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.01)
     schedule = get_cosine_schedule_with_warmup(optimizer, args.warmup, args.steps)
@@ -172,9 +173,7 @@ def evaluate(model: SamModel, processor: SamProcessor, num_scenes: int = 400) ->
         truth = batch["masks"].flatten(-2)
         for kind in ("point", "box"):
             for multimask in (False, True):
-                outputs = model(
-                    image_embeddings=image_embeddings, **prompts(batch, kind), multimask_output=multimask
-                )
+                outputs = model(image_embeddings=image_embeddings, **prompts(batch, kind), multimask_output=multimask)
                 rated_best = outputs.iou_scores.argmax(-1)
                 logits = outputs.pred_masks.take_along_dim(rated_best[..., None, None, None], 2).squeeze(2)
                 masks = F.interpolate(logits, (IMAGE_SIZE, IMAGE_SIZE), mode="bilinear") > 0

@@ -19,7 +19,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # threads only slow such tiny models down
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
-from transformers import AutoModel, PreTrainedModel, SamConfig, SamModel  # noqa: E402
+from transformers import AutoModel, PreTrainedModel, SamConfig, SamImageProcessor, SamModel, SamProcessor  # noqa: E402
 from transformers.dynamic_module_utils import get_class_from_dynamic_module  # noqa: E402
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
@@ -119,10 +119,24 @@ def stock_dir(stock: SamModel, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.fixture(scope="session")
-def split_dir(stock_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def processor() -> SamProcessor:
+    """For the tiny models."""
+    return SamProcessor(
+        SamImageProcessor(
+            size={"longest_edge": 64},
+            pad_size={"height": 64, "width": 64},
+            mask_size={"longest_edge": 32},
+            mask_pad_size={"height": 32, "width": 32},
+        )
+    )
+
+
+@pytest.fixture(scope="session")
+def split_dir(stock_dir: Path, processor: SamProcessor, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model repo with split weights, made as users make it."""
     path = tmp_path_factory.mktemp("split") / "sam-split"
     split_class().from_pretrained(stock_dir).save_pretrained(path)
+    processor.save_pretrained(path)
     return path
 
 
@@ -157,7 +171,8 @@ def assert_same_outputs(actual, expected, tolerance: float = 1e-5) -> None:
     assert actual.keys() == expected.keys()
     for name in expected:
         actual_tensors, expected_tensors = (
-            [output[name]] if isinstance(output[name], torch.Tensor) else list(output[name]) for output in (actual, expected)
+            [output[name]] if isinstance(output[name], torch.Tensor) else list(output[name])
+            for output in (actual, expected)
         )
         assert len(actual_tensors) == len(expected_tensors), name
         for actual_tensor, expected_tensor in zip(actual_tensors, expected_tensors, strict=True):

@@ -75,9 +75,9 @@ def test_broken_settings_raise(vision, message, config_class, tmp_path):
 def test_unknown_attention_raises(implementation, config_class, load):
     with pytest.raises(ValueError, match="choose one of 'eager', 'sdpa'"):
         config_class(attn_implementation=implementation)
-    with pytest.raises((ValueError, ImportError), match="eager|support|available"):
+    with pytest.raises((ValueError, ImportError), match=r"eager|support|available"):
         load(attn_implementation=implementation)
     model = load()
-    with pytest.raises((ValueError, ImportError), match="eager|support|available"):
+    with pytest.raises((ValueError, ImportError), match=r"eager|support|available"):
         model.set_attn_implementation(implementation)
     assert model.config.vision_config._attn_implementation == "sdpa"

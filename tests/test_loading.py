@@ -4,10 +4,10 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import (
-    ROOT,
     assert_holds_weights_of,
     assert_same_outputs,
     run_python,
@@ -15,6 +15,7 @@ from conftest import (
     stock_model,
     tiny_config,
 )
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -25,6 +26,7 @@ from transformers import (
     BitsAndBytesConfig,
     SamModel,
     SamVisionModel,
+    pipeline,
 )
 
 
@@ -200,7 +202,9 @@ def test_unusual_shapes(vision, tmp_path, inputs, logged):
     [(1024, 24, 16, [5, 11, 17, 23]), (1280, 32, 16, [7, 15, 23, 31])],
     ids=["ViT-L", "ViT-H"],
 )
-def test_large_models_have_the_shapes_of_stock(hidden_size, num_hidden_layers, num_attention_heads, global_attn_indexes):
+def test_large_models_have_the_shapes_of_stock(
+    hidden_size, num_hidden_layers, num_attention_heads, global_attn_indexes
+):
     stock_config = tiny_config(
         hidden_size=hidden_size,
         num_hidden_layers=num_hidden_layers,
@@ -236,7 +240,9 @@ def test_lost_attention_weight_raises(lost, split_dir, tmp_path, load):
 
 
 def test_lost_fused_weight_raises(stock_dir, tmp_path):
-    path = rewrite(shutil.copytree(stock_dir, tmp_path / "sam"), lambda weights: weights.pop(f"{ATTENTION}.qkv.weight"))
+    path = rewrite(
+        shutil.copytree(stock_dir, tmp_path / "sam"), lambda weights: weights.pop(f"{ATTENTION}.qkv.weight")
+    )
     with pytest.raises(ValueError, match=rf"{ATTENTION}\.k\.weight, {ATTENTION}\.q\.weight, {ATTENTION}\.v\.weight"):
         split_class().from_pretrained(path)
 
@@ -282,9 +288,9 @@ def test_configuration_of_another_checkpoint_raises(setting, value, problem, sto
 
 
 def test_another_architecture_raises(tmp_path):
-    BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)).save_pretrained(
-        tmp_path
-    )
+    BertModel(
+        BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    ).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="'bert' model, but only SAM v1"):
         split_class().from_pretrained(tmp_path)
 
@@ -341,5 +347,17 @@ def test_no_remote_code_without_trust(split_dir):
         AutoModel.from_pretrained(split_dir, trust_remote_code=False)
 
 
-def test_checkout_has_no_weights():
-    assert not list(ROOT.glob("*.safetensors"))
+def test_mask_generation_pipeline(split_dir, stock, processor):
+    """Up to the removal of duplicate masks, which is torchvision's."""
+    image = Image.effect_noise((90, 70), 80).convert("RGB")
+    limits = {"pred_iou_thresh": -100.0, "stability_score_thresh": 0.0, "stability_score_offset": 0.1}
+    actual, expected = (
+        next(generator.forward(batch, **limits) for batch in generator.preprocess(image, points_per_batch=8))
+        for generator in (
+            pipeline("mask-generation", model=str(split_dir), trust_remote_code=True),
+            pipeline("mask-generation", model=stock, image_processor=processor.image_processor),
+        )
+    )
+    assert len(actual["masks"]) == len(expected["masks"]) > 0
+    assert all(np.array_equal(*masks) for masks in zip(actual["masks"], expected["masks"], strict=True))
+    torch.testing.assert_close(actual["iou_scores"], expected["iou_scores"])

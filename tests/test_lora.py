@@ -43,7 +43,9 @@ def adapted(load) -> PeftModel:
 
 
 def test_adapts_exactly_q_and_v_of_every_vision_layer(adapted):
-    wrapped = {name.removesuffix(".lora_A.default") for name, _ in adapted.named_modules() if name.endswith("lora_A.default")}
+    wrapped = {
+        name.removesuffix(".lora_A.default") for name, _ in adapted.named_modules() if name.endswith("lora_A.default")
+    }
     assert wrapped == {
         f"base_model.model.vision_encoder.layers.{layer}.attn.{part}" for layer in range(3) for part in "qv"
     }

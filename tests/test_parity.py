@@ -59,11 +59,11 @@ def test_prompts(inputs):
     ]
     with torch.no_grad():
         for prompt in prompts:
-            assert_same_outputs(
-                split(inputs["pixel_values"], **prompt), stock(inputs["pixel_values"], **prompt)
-            )
+            assert_same_outputs(split(inputs["pixel_values"], **prompt), stock(inputs["pixel_values"], **prompt))
         embeddings = split.get_image_embeddings(inputs["pixel_values"])
-        assert_same_outputs({"embeddings": embeddings}, {"embeddings": stock.get_image_embeddings(inputs["pixel_values"])})
+        assert_same_outputs(
+            {"embeddings": embeddings}, {"embeddings": stock.get_image_embeddings(inputs["pixel_values"])}
+        )
 
 
 def test_vision_model(inputs):

@@ -50,7 +50,9 @@ def test_touches_only_its_own_prefix(split, stock):
 def test_parts_are_independent(split, stock):
     split.load_state_dict(stock.state_dict(), assign=True)
     attention = split.vision_encoder.layers[0].attn
-    storages = {projection.weight.untyped_storage().data_ptr() for projection in (attention.q, attention.k, attention.v)}
+    storages = {
+        projection.weight.untyped_storage().data_ptr() for projection in (attention.q, attention.k, attention.v)
+    }
     assert len(storages) == 3
 
 

@@ -1,0 +1,27 @@
+PYTHON ?= python3
+BASE ?= checkpoints/sam-tiny
+
+NEWEST := .venv/newest/bin
+FLOOR := .venv/floor/bin
+
+.PHONY: demo test clean
+
+# Fine-tunes BASE (a folder or a Hub id) on half of the coins of a photograph and shows the other half.
+demo: .venv/newest/installed
+	$(NEWEST)/python demo.py --base "$(BASE)"
+
+# Quality gates, then the tests with the newest and the oldest supported versions.
+test: .venv/newest/installed .venv/floor/installed
+	$(NEWEST)/ruff check
+	$(NEWEST)/ruff format --check
+	$(NEWEST)/mypy
+	$(NEWEST)/pytest
+	$(FLOOR)/pytest
+
+clean:
+	rm -rf .venv build
+
+.venv/%/installed: requirements/dev.txt requirements/%.txt
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check --requirement requirements/dev.txt --constraint requirements/$*.txt
+	touch $@
