@@ -5,20 +5,16 @@ three Linears, `q`, `k` and `v`, so that LoRA can target two of them; everything
 fused weights are split on the way in, by `from_pretrained` and by `load_state_dict` alike, and `to_sam()` fuses them
 again.
 
-Shapes: B images (or windows), H x W tokens, N = H * W, C channels, h heads of d channels.
+Shapes: B images, H x W tokens, C channels; h heads of d channels; G = B x windows x h groups of N tokens each.
 """
 
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from itertools import chain
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel, SamModel, SamVisionConfig, SamVisionModel
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.sam.modeling_sam import (
     SamMaskDecoder,
@@ -33,80 +29,9 @@ from transformers.models.sam.modeling_sam import (
     SamVisionNeck,
 )
 
+from .attention_sam_split import ATTENTION_FUNCTIONS, merge_windows_and_heads, pad_windows, split_windows_and_heads
 from .configuration_sam_split import SamSplitConfig, SamSplitVisionConfig
-
-
-PROJECTIONS = ("q", "k", "v")
-
-
-def split_q_k_v(fused: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Splits a fused weight (3C, C) or bias (3C,) into those of `q`, `k` and `v`, each (C, C) or (C,), by copy.
-
-    Raises:
-        ValueError: If the first dimension is not a multiple of three.
-    """
-    if fused.shape[0] % 3:
-        raise ValueError(f"A fused qkv tensor has 3 * hidden_size rows, but this one has shape {tuple(fused.shape)}.")
-    # Copies, because views of one storage cannot be saved or freed apart.
-    return {name: part.clone() for name, part in zip(PROJECTIONS, fused.chunk(3), strict=True)}
-
-
-class SplitQKV(ConversionOps):
-    """`split_q_k_v` as a step of `from_pretrained`."""
-
-    def convert(
-        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs
-    ) -> dict[str, torch.Tensor]:
-        """Returns one tensor per target pattern."""
-        ((fused,),) = input_dict.values()
-        return dict(zip(target_patterns, split_q_k_v(fused).values(), strict=True))
-
-    @property
-    def reverse_op(self) -> ConversionOps:
-        """There is none: what is saved is always split."""
-        raise NotImplementedError("Split checkpoints are saved split. Use to_sam() for a stock, fused checkpoint.")
-
-
-class SplitQKVConverter(WeightConverter):
-    """The conversion of fused checkpoints, strict about mixed ones, and quantizing each of its results."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.forms: dict[str, str] = {}
-
-    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
-        """As in `WeightConverter`.
-
-        Raises:
-            ValueError: If the checkpoint holds an attention layer both fused and split, of which one would be lost.
-        """
-        if match := re.search(r"(.*\.attn)\.(qkv|[qkv])\.", source_key):
-            layer, form = match[1], "fused" if match[2] == "qkv" else "split"
-            if self.forms.setdefault(layer, form) != form:
-                raise ValueError(
-                    f"The checkpoint holds both a fused qkv and separate q, k, v for {layer}: remove one."
-                )
-        return super().rename_source_key(source_key)
-
-    def convert(self, layer_name: str, **kwargs):
-        """As in `WeightConverter`, but transformers 5.0 would quantize the first result only."""
-        if self.quantization_operation is not None:
-            self.quantization_operation = QuantizeEach(self.quantization_operation)
-        return super().convert(layer_name, **kwargs)
-
-
-class QuantizeEach(ConversionOps):
-    """Applies a quantization to each of several tensors under its own name."""
-
-    def __init__(self, quantize: ConversionOps):
-        self.quantize = quantize
-
-    def convert(self, input_dict: dict[str, torch.Tensor], full_layer_name: str = "", **kwargs) -> dict[str, Any]:
-        """Returns the quantized parameters by full name."""
-        quantized: dict[str, Any] = {}
-        for name, tensor in input_dict.items():
-            quantized |= self.quantize.convert({name: [tensor]}, full_layer_name=name, **kwargs)
-        return quantized
+from .conversion_sam_split import PROJECTIONS, split_q_k_v
 
 
 class SamVisionAttentionSplit(SamVisionAttention):
@@ -122,6 +47,7 @@ class SamVisionAttentionSplit(SamVisionAttention):
         self.config = config
         self.num_attention_heads = config.num_attention_heads
         head_dim = config.hidden_size // config.num_attention_heads
+        self.window_size = window_size
         self.scale = head_dim**-0.5
         self.dropout = config.attention_dropout
 
@@ -184,64 +110,37 @@ class SamVisionAttentionSplit(SamVisionAttention):
     def forward(
         self, hidden_states: torch.Tensor, output_attentions: bool | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Returns the attended `hidden_states` (B, H, W, C) and, from `eager` only, the weights (B * h, N, N)."""
-        batch_size, height, width, _ = hidden_states.shape
-        # (B, N, C) -> (B, h, N, d)
-        query, key, value = (
-            projection(hidden_states).reshape(batch_size, height * width, self.num_attention_heads, -1).transpose(1, 2)
-            for projection in (self.q, self.k, self.v)
-        )
+        """Returns the attended `hidden_states` (B, H, W, C) and, from `eager` only, the weights (G, N, N)."""
+        _, height, width, _ = hidden_states.shape
+        grid = height, width
+        window = (self.window_size, self.window_size) if self.window_size else grid
+        query, key, value = (self.project(linear, hidden_states, window) for linear in (self.q, self.k, self.v))
+        rel_pos = None
+        if self.use_rel_pos:
+            rel_pos = tuple(
+                self.get_rel_pos(size, size, table)
+                for size, table in zip(window, (self.rel_pos_h, self.rel_pos_w), strict=True)
+            )
         attention = ATTENTION_FUNCTIONS[self.config._attn_implementation]
-        attn_output, attn_weights = attention(
-            self, query, key, value, self.relative_position_bias(query, height, width)
-        )
-        attn_output = attn_output.transpose(1, 2).reshape(
-            batch_size, height, width, -1
-        )  # (B, h, N, d) -> (B, H, W, C)
-        return self.proj(attn_output), attn_weights
+        dropout = self.dropout if self.training else 0.0
+        attn_output, attn_weights = attention(query, key, value, rel_pos, self.scale, dropout)
+        return self.proj(merge_windows_and_heads(attn_output, grid, self.num_attention_heads)), attn_weights
 
-    def relative_position_bias(self, query: torch.Tensor, height: int, width: int) -> torch.Tensor | None:
-        """The bias (B, h, N, N) that decomposed relative positions add to the scores of `query` (B, h, N, d)."""
-        if not self.use_rel_pos:
-            return None
-        num_tokens = height * width
-        bias = self.get_decomposed_rel_pos(
-            query.flatten(0, 1), self.rel_pos_h, self.rel_pos_w, (height, width), (height, width)
-        )
-        return bias.reshape(*query.shape[:2], num_tokens, num_tokens)
+    def project(self, linear: nn.Module, hidden_states: torch.Tensor, window: tuple[int, int]) -> torch.Tensor:
+        """Applies `linear` to `hidden_states` (B, H, W, C) and cuts the result into windows and heads (G, *window, d)."""
+        states = linear(hidden_states)
+        if any(tokens % size for tokens, size in zip(hidden_states.shape[1:3], window, strict=True)):
+            # The padding is of zeros before the projection. It attends and is attended to, so it is projected too.
+            padding = linear(hidden_states.new_zeros(1, 1, 1, hidden_states.shape[-1]))
+            states = pad_windows(states, padding, window)
+        return split_windows_and_heads(states, window, self.num_attention_heads)
 
-
-def eager_attention(
-    module: SamVisionAttentionSplit,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    bias: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention (B, h, N, d) with every step spelt out, and its weights (B * h, N, N) before dropout."""
-    attn_weights = (query * module.scale) @ key.transpose(-2, -1)
-    if bias is not None:
-        attn_weights = attn_weights + bias
-    attn_weights = F.softmax(attn_weights, dim=-1, dtype=torch.float32).to(query.dtype)
-    attn_probs = F.dropout(attn_weights, p=module.dropout, training=module.training)
-    return attn_probs @ value, attn_weights.flatten(0, 1)
-
-
-def sdpa_attention(
-    module: SamVisionAttentionSplit,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    bias: torch.Tensor | None,
-) -> tuple[torch.Tensor, None]:
-    """Attention (B, h, N, d) by PyTorch's fused kernels, which keep no weights."""
-    dropout = module.dropout if module.training else 0.0
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=bias, dropout_p=dropout, scale=module.scale
-    ), None
-
-
-ATTENTION_FUNCTIONS: dict[str, Callable] = {"eager": eager_attention, "sdpa": sdpa_attention}
+    def get_rel_pos(self, q_size: int, k_size: int, rel_pos: torch.Tensor) -> torch.Tensor:
+        """As in `SamVisionAttention`, without interpolating a table (2 * size - 1, d) that has the right length."""
+        if q_size != k_size or len(rel_pos) != 2 * q_size - 1:
+            return super().get_rel_pos(q_size, k_size, rel_pos)
+        positions = torch.arange(q_size, device=rel_pos.device)
+        return rel_pos[positions[:, None] - positions + q_size - 1]
 
 
 class SamVisionLayerSplit(SamVisionLayer):
@@ -253,7 +152,12 @@ class SamVisionLayerSplit(SamVisionLayer):
         self.attn = SamVisionAttentionSplit(config, window_size)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = SamMLPBlock(config)
-        self.window_size = window_size
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Returns `hidden_states` (B, H, W, C) after attention, which cuts its windows itself, and MLP."""
+        attn_output, _ = self.attn(self.layer_norm1(hidden_states))
+        hidden_states = hidden_states + attn_output
+        return hidden_states + self.mlp(self.layer_norm2(hidden_states))
 
 
 class SamSplitPreTrainedModel(SamPreTrainedModel):
@@ -429,22 +333,6 @@ class SamSplitModel(SamSplitPreTrainedModel, SamModel):
 
 def _attention_keys(keys: Iterable[str]) -> list[str]:
     return sorted(key for key in keys if ".attn." in key)
-
-
-# By model type: transformers < 5.12 looks up nothing else. With overwrite, because dynamic modules run more than once.
-for _model_type in (SamSplitConfig.model_type, SamSplitVisionConfig.model_type):
-    register_checkpoint_conversion_mapping(
-        _model_type,
-        [
-            SplitQKVConverter(
-                # ".attn." is the vision encoder's alone; the mask decoder has "self_attn." and "cross_attn_..."
-                source_patterns=r"\.attn\.qkv\.",
-                target_patterns=[f".attn.{name}." for name in PROJECTIONS],
-                operations=[SplitQKV()],
-            )
-        ],
-        overwrite=True,
-    )
 
 
 __all__ = ["SamSplitModel", "SamSplitPreTrainedModel", "SamSplitVisionModel", "SamVisionAttentionSplit"]

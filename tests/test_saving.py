@@ -12,7 +12,7 @@ from transformers import AutoModel, AutoModelForMaskGeneration, SamModel, SamVis
 
 
 TIED = "prompt_encoder.shared_embedding.positional_embedding"
-CODE = {"configuration_sam_split.py", "modeling_sam_split.py"}
+CODE = {path.name for path in ROOT.glob("*_sam_split.py")}
 
 
 @pytest.fixture(params=["stock directory", "split repo", "fused repo", "scratch", "load_state_dict", "to bfloat16"])

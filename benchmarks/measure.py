@@ -1,0 +1,190 @@
+"""One measurement in a process of its own: time and peak memory of one implementation at one task, printed as JSON.
+
+    python benchmarks/measure.py --implementation split --task lora
+"""
+
+import argparse
+import ctypes
+import gc
+import json
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import SamConfig, SamModel, set_seed
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+
+ROOT = Path(__file__).resolve().parent.parent
+IMPLEMENTATIONS = ("stock-eager", "stock-sdpa", "split", "products")
+TASKS = ("encoder", "lora", "lora-checkpointing")
+SIZES = {
+    "base": {},
+    "large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "mlp_dim": 4096}
+    | {"global_attn_indexes": [5, 11, 17, 23]},
+    "huge": {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16, "mlp_dim": 5120}
+    | {"global_attn_indexes": [7, 15, 23, 31]},
+}
+
+
+def main() -> None:
+    args = parse_args()
+    set_seed(0)
+    limit_memory(args.device)
+    step = build_step(args)
+    if args.implementation == "products":
+        products = MatrixProducts()
+        with products:
+            step()
+        step = products.replay(args.device)
+
+    memory = PeakMemory(args.device)
+    seconds = []
+    try:
+        for _ in range(1 + args.repeats):  # the first warms up, and counts for memory only
+            start = time.perf_counter()
+            step()
+            if args.device == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+    except (RuntimeError, torch.OutOfMemoryError) as error:
+        if "alloc" not in str(error) and "memory" not in str(error):
+            raise
+        print(json.dumps({"error": "out of memory"}))
+        return
+    print(json.dumps({"seconds": min(seconds[1:]), "gigabytes": memory.peak() / 1e9}))
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--implementation", choices=IMPLEMENTATIONS, required=True)
+    parser.add_argument("--task", choices=TASKS, required=True)
+    parser.add_argument("--model", choices=SIZES, default="base")
+    parser.add_argument("--side", type=int, default=1024, help="of the image, in pixels")
+    parser.add_argument("--batch", type=int, default=1, help="images")
+    parser.add_argument("--repeats", type=int, default=1, help="timed steps, of which the fastest counts")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    return parser.parse_args()
+
+
+def build_step(args: argparse.Namespace) -> Callable[[], None]:
+    """Returns what is measured: the encoder without gradients, or forward and backward of a LoRA step."""
+    parts = {"image_size": args.side, "patch_size": 16}
+    config = SamConfig(
+        vision_config=SIZES[args.model] | parts,
+        prompt_encoder_config=parts,
+        attn_implementation="eager" if args.implementation == "stock-eager" else "sdpa",
+    )
+    stock = args.implementation.startswith("stock")
+    model_class = SamModel if stock else get_class_from_dynamic_module("modeling_sam_split.SamSplitModel", str(ROOT))
+    with torch.device(args.device):
+        model = randomize(model_class(config)).eval()
+        pixel_values = torch.randn(args.batch, 3, args.side, args.side)
+        input_points = torch.full((args.batch, 1, 1, 2), args.side / 2)
+
+    if args.task == "encoder":
+        return lambda: model.get_image_embeddings(pixel_values)
+
+    targets = ["qkv"] if stock else ["q", "v"]
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules=targets, lora_dropout=0.1, task_type="FEATURE_EXTRACTION")
+    if args.task == "lora-checkpointing":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model = get_peft_model(model, lora).train()
+
+    def step() -> None:
+        model(pixel_values=pixel_values, input_points=input_points).pred_masks.square().mean().backward()
+        model.zero_grad()
+
+    return step
+
+
+def randomize(model: nn.Module) -> nn.Module:
+    """Gives the vision encoder weights of a trained one's size: its own are 1e-10 small, and zero relative positions."""
+    with torch.no_grad():
+        for name, parameter in model.vision_encoder.named_parameters():
+            if parameter.dim() > 1 or "rel_pos" in name:
+                parameter.normal_(std=0.02)
+    return model
+
+
+class MatrixProducts(TorchDispatchMode):
+    """Records the shapes of all matrix products of a step, to run them and nothing else: its time has a floor there."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name in ("mm", "bmm"):
+            self.shapes.append((args[0].shape, args[1].shape))
+        elif name in ("addmm", "baddbmm", "baddbmm_"):
+            self.shapes.append((args[1].shape, args[2].shape))
+        elif name.startswith("_scaled_dot_product") and "backward" not in name:
+            query, key, value = (tensor.flatten(0, 1) for tensor in args[:3])
+            self.shapes.append((query.shape, key.mT.shape))
+            self.shapes.append(((*query.shape[:2], key.shape[1]), value.shape))
+        elif name == "convolution":  # forward only, as an image-to-column product
+            _, channels, *kernel = args[1].shape
+            batch, out_channels, height, width = output.shape
+            inner = channels * kernel[0] * kernel[1]
+            self.shapes.append(((batch * height * width, inner), (inner, out_channels)))
+        return output
+
+    def replay(self, device: str) -> Callable[[], None]:
+        """Returns a function that runs all of them, on the same few operands."""
+        operands = {
+            shapes: (*(torch.randn(shape, device=device) for shape in shapes), None) for shapes in set(self.shapes)
+        }
+        operands = {shapes: (first, second, first @ second) for shapes, (first, second, _) in operands.items()}
+
+        def run() -> None:
+            for shapes in self.shapes:
+                first, second, output = operands[shapes]
+                torch.matmul(first, second, out=output)
+
+        return run
+
+
+class PeakMemory:
+    """Peak memory above what is in use when this is made: resident memory, or what CUDA's allocator has handed out."""
+
+    def __init__(self, device: str):
+        self.device = device
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
+        else:
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+            self.before = self._resident("VmRSS")
+
+    def peak(self) -> int:
+        """In bytes, so far."""
+        if self.device == "cuda":
+            return torch.cuda.max_memory_allocated() - self.before
+        return self._resident("VmHWM") - self.before
+
+    @staticmethod
+    def _resident(field: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
+
+
+def limit_memory(device: str) -> None:
+    """Makes a step that does not fit fail by itself, rather than have the system kill something."""
+    if device == "cpu":
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        available = 1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
+        resource.setrlimit(resource.RLIMIT_DATA, (available, available))
+
+
+if __name__ == "__main__":
+    main()
