@@ -1,24 +1,26 @@
 """SAM's vision attention in memory that grows with the number of tokens, not with its square.
 
-Shapes: G groups (image x window x head), H x W tokens in each, N = H * W, C channels, d of them per head. Tables of
-relative positions are (H, H, d) and (W, W, d): one vector per query and key coordinate.
+Shapes: B images of rows x columns tokens, C channels. Attention sees them as R x S windows of H x W tokens (R counts
+the rows of windows of all images, S those in a row; without windows R = B and S = 1), in h heads of d channels each.
+In each of the G = R * S * h groups, N = H * W tokens attend to each other. Relative positions are tables (H, H, d) and
+(W, W, d), of one vector for each coordinate of a query and of a key.
 """
 
+import itertools
+import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 
-# What one tile of attention scores may take; training holds about three of them at a time. Smaller tiles stay in the
-# caches of a CPU, larger ones keep a GPU busier.
-ATTENTION_TILE_BYTES = 16 * 2**20
-
 RelPos = tuple[torch.Tensor, torch.Tensor]
 
 
-def pad_windows(states: torch.Tensor, padding: torch.Tensor, window: tuple[int, int]) -> torch.Tensor:
+def pad_to_windows(states: torch.Tensor, padding: torch.Tensor, window: tuple[int, int]) -> torch.Tensor:
     """Fills `states` (B, rows, columns, C) up to whole windows with `padding` (C,), to the right and below."""
     batch_size, rows, columns, channels = states.shape
     height, width = (-(-tokens // size) * size for tokens, size in zip((rows, columns), window, strict=True))
@@ -28,67 +30,69 @@ def pad_windows(states: torch.Tensor, padding: torch.Tensor, window: tuple[int, 
 
 
 def split_windows_and_heads(states: torch.Tensor, window: tuple[int, int], num_heads: int) -> torch.Tensor:
-    """Cuts `states` (B, rows, columns, C), whole windows, into windows and heads (G, H, W, d)."""
+    """Views `states` (B, rows, columns, C), whole windows, as (R, S, h, H, W, d)."""
     batch_size, rows, columns, _ = states.shape
     height, width = window
-    states = states.view(batch_size, rows // height, height, columns // width, width, num_heads, -1)
-    return states.permute(0, 1, 3, 5, 2, 4, 6).flatten(0, 3)
+    states = states.view(batch_size * rows // height, height, columns // width, width, num_heads, -1)
+    return states.permute(0, 2, 4, 1, 3, 5)
 
 
-def merge_windows_and_heads(states: torch.Tensor, grid: tuple[int, int], num_heads: int) -> torch.Tensor:
-    """Puts windows and heads (G, H, W, d) together again, without the padding: (B, rows, columns, C)."""
-    _, height, width, head_dim = states.shape
-    rows, columns = grid
-    grid_height, grid_width = -(-rows // height), -(-columns // width)
-    states = states.view(-1, grid_height, grid_width, num_heads, height, width, head_dim).permute(0, 1, 4, 2, 5, 3, 6)
-    states = states.reshape(-1, grid_height * height, grid_width * width, num_heads * head_dim)
-    return states[:, :rows, :columns]
+def merge_windows_and_heads(states: torch.Tensor, batch_size: int) -> torch.Tensor:
+    """The inverse of `split_windows_and_heads`: (R, S, h, H, W, d) as (B, rows, columns, C)."""
+    window_rows, window_columns, num_heads, height, width, head_dim = states.shape
+    rows, columns = window_rows // batch_size * height, window_columns * width
+    return states.permute(0, 3, 1, 4, 2, 5).reshape(batch_size, rows, columns, num_heads * head_dim)
 
 
 def eager_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    rel_pos: RelPos | None,
-    scale: float,
-    dropout: float,
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rel_pos: RelPos | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention (G, H, W, d) with every step spelt out, and its weights (G, N, N) before dropout."""
-    q, k, v = (tensor.flatten(1, 2) for tensor in (query, key, value))  # (G, N, d)
-    attn_weights = (q * scale) @ k.mT
+    """Attention (R, S, h, H, W, d) with every step spelt out, and its weights (G, N, N) before dropout."""
+    q, k, v = (tokens(states) for states in (query, key, value))
+    attn_weights = (q * module.scale) @ k.mT
     if rel_pos is not None:
         attn_weights = attn_weights + relative_position_bias(query, *rel_pos)
     attn_weights = F.softmax(attn_weights, dim=-1, dtype=torch.float32).to(query.dtype)
-    return (F.dropout(attn_weights, dropout) @ v).view_as(query), attn_weights
+    attn_probs = F.dropout(attn_weights, module.dropout, module.training)
+    return (attn_probs @ v).view(query.shape), attn_weights
 
 
 def sdpa_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    rel_pos: RelPos | None,
-    scale: float,
-    dropout: float,
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rel_pos: RelPos | None
 ) -> tuple[torch.Tensor, None]:
-    """Attention (G, H, W, d) by PyTorch's fused kernels, in tiles where there is a bias."""
-    # A tile's dropout could not be drawn again for its backward, and an exported graph holds no loop over tiles.
+    """Attention (R, S, h, H, W, d) by PyTorch's fused kernels, in tiles where there is a bias."""
+    dropout = module.dropout if module.training else 0.0
+    # Dropout could not be drawn again, tile by tile, for backward; and an exported graph has no use for a long loop.
     if rel_pos is not None and not dropout and not torch.compiler.is_exporting():
-        return TiledAttention.apply(query, key, value, *rel_pos, scale), None
+        tile_bytes = module.config.attention_tile_bytes
+        return TiledAttention.apply(query, key, value, *rel_pos, module.scale, tile_bytes), None
     bias = None if rel_pos is None else relative_position_bias(query, *rel_pos)
-    return _sdpa(query, key, value, bias, scale, dropout), None
+    return _sdpa(query, key, value, bias, module.scale, dropout), None
 
 
 ATTENTION_FUNCTIONS: dict[str, Callable] = {"eager": eager_attention, "sdpa": sdpa_attention}
 
 
-def relative_position_bias(query: torch.Tensor, rel_pos_h: torch.Tensor, rel_pos_w: torch.Tensor) -> torch.Tensor:
-    """The bias (G, h * w, N) that decomposed relative positions add to the scores of a tile of queries (G, h, w, d).
+def tokens(states: torch.Tensor) -> torch.Tensor:
+    """(R, S, h, H, W, d) as (G, N, d), contiguous, as rows far apart in memory slow matrix products down."""
+    return states.flatten(3, 4).flatten(0, 2).contiguous()
 
-    The tables are (h, H, d) and (w, W, d). Source: MViTv2, https://arxiv.org/abs/2112.01526, equation 4.
+
+def relative_position_bias(
+    query: torch.Tensor, rel_pos_h: torch.Tensor, rel_pos_w: torch.Tensor, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The bias (G, N, N) that decomposed relative positions add to the scores of `query`, or of a tile of it.
+
+    Source: MViTv2, https://arxiv.org/abs/2112.01526, equation 4.
     """
-    rel_h = torch.einsum("ghwd,hkd->ghwk", query, rel_pos_h)
-    rel_w = torch.einsum("ghwd,wkd->ghwk", query, rel_pos_w)
-    return (rel_h[..., :, None] + rel_w[..., None, :]).flatten(3).flatten(1, 2)
+    query = query.flatten(0, 2)  # (G, H, W, d)
+    # contiguous, or torch.compile gives their sum strides that `out` does not have
+    rel_h = torch.einsum("ghwd,hkd->ghwk", query, rel_pos_h).contiguous()[..., :, None]
+    rel_w = torch.einsum("ghwd,wkd->ghwk", query, rel_pos_w).contiguous()[..., None, :]
+    if out is None:
+        return (rel_h + rel_w).flatten(3).flatten(1, 2)
+    torch.add(rel_h, rel_w, out=out.view(*query.shape[:3], len(rel_pos_h[0]), len(rel_pos_w[0])))
+    return out
 
 
 class TiledAttention(torch.autograd.Function):
@@ -99,28 +103,30 @@ class TiledAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, query, key, value, rel_pos_h, rel_pos_w, scale):
-        """Returns the attended values (G, H, W, d)."""
+    def forward(ctx, query, key, value, rel_pos_h, rel_pos_w, scale, tile_bytes):
+        """Returns the attended values (R, S, h, H, W, d)."""
         ctx.save_for_backward(query, key, value, rel_pos_h, rel_pos_w)
-        ctx.scale = scale
+        ctx.scale, ctx.tile_bytes = scale, tile_bytes
         output = torch.empty_like(query)
-        for group, rows, columns in query_tiles(query):
-            tile = query[group, rows, columns]
-            bias = relative_position_bias(tile, rel_pos_h[rows], rel_pos_w[columns])
-            output[group, rows, columns] = _sdpa(tile, key[group], value[group], bias, scale)
+        for tile, (scores,) in tiles(query, tile_bytes, query.dtype):
+            group, (rows, columns) = tile[:3], tile[3:]
+            bias = relative_position_bias(query[tile], rel_pos_h[rows], rel_pos_w[columns], out=scores)
+            output[tile] = _sdpa(query[tile], key[group], value[group], bias, scale)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
         """Returns the gradients of what `forward` took."""
-        with torch.autocast(grad_output.device.type, enabled=False):  # its dtypes would mix with those chosen below
-            return *_tiled_gradients(grad_output, ctx.scale, *ctx.saved_tensors), None
+        device = grad_output.device.type  # autocast's dtypes would mix with those chosen below; "meta" has none
+        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+            return *_tiled_gradients(grad_output, ctx.scale, ctx.tile_bytes, *ctx.saved_tensors), None, None
 
 
 def _tiled_gradients(
     grad_output: torch.Tensor,
     scale: float,
+    tile_bytes: int,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -132,54 +138,57 @@ def _tiled_gradients(
     dtype = torch.promote_types(query.dtype, torch.float32)
     grads = tuple(torch.zeros_like(tensor, dtype=dtype) for tensor in inputs)
     grad_query, grad_key, grad_value, grad_rel_pos_h, grad_rel_pos_w = grads
-    for group, rows, columns in query_tiles(query):
-        tile = query[group, rows, columns].to(dtype)
+    for tile, (probs, scores) in tiles(query, tile_bytes, dtype, dtype):
+        group, (rows, columns) = tile[:3], tile[3:]
+        q, g = (tokens(states[tile].to(dtype)) for states in (query, grad_output))  # (g, n, d), n queries of the tile
+        k, v = (tokens(states[group].to(dtype)) for states in (key, value))  # (g, N, d)
         tables = rel_pos_h[rows].to(dtype), rel_pos_w[columns].to(dtype)
-        # q, g: (g, n, d) for the n queries of the tile; k, v: (g, N, d); all others (g, n, N)
-        q, g = tile.flatten(1, 2), grad_output[group, rows, columns].to(dtype).flatten(1, 2)
-        k, v = (tensor[group].to(dtype).flatten(1, 2) for tensor in (key, value))
 
-        probs = relative_position_bias(tile, *tables).baddbmm_(q, k.mT, alpha=scale).softmax(-1)
-        grad_value[group].flatten(1, 2).baddbmm_(probs.mT, g)
-        grad_scores = torch._softmax_backward_data(g @ v.mT, probs, -1, dtype)
-        grad_key[group].flatten(1, 2).baddbmm_(grad_scores.mT, q, alpha=scale)
+        relative_position_bias(query[tile].to(dtype), *tables, out=scores)
+        torch.softmax(scores.baddbmm_(q, k.mT, alpha=scale), -1, out=probs)
+        grad_value[group] += (probs.mT @ g).view(grad_value[group].shape)
+        grad_probs = torch.bmm(g, v.mT, out=scores)
+        grad_scores = torch._softmax_backward_data(grad_probs, probs, -1, dtype, grad_input=probs)
+        grad_key[group] += (grad_scores.mT @ q).mul_(scale).view(grad_key[group].shape)
 
-        grad_bias = grad_scores.view(*tile.shape[:3], *query.shape[1:3])
-        grad_rel_h, grad_rel_w = grad_bias.sum(-1), grad_bias.sum(-2)
-        grad_query[group, rows, columns] = (
-            (grad_scores @ k).mul_(scale).view_as(tile)
+        grid = (len(q), *query[tile].shape[3:5])
+        grad_bias = grad_scores.view(*grid, *query.shape[3:5])
+        grad_rel_h, grad_rel_w = grad_bias.sum(-1), grad_bias.sum(-2)  # (g, h, w, H) and (g, h, w, W)
+        grad_query[tile] = (
+            (grad_scores @ k).mul_(scale).view(*grid, -1)
             + torch.einsum("ghwk,hkd->ghwd", grad_rel_h, tables[0])
             + torch.einsum("ghwk,wkd->ghwd", grad_rel_w, tables[1])
-        )
-        grad_rel_pos_h[rows] += torch.einsum("ghwk,ghwd->hkd", grad_rel_h, tile)
-        grad_rel_pos_w[columns] += torch.einsum("ghwk,ghwd->wkd", grad_rel_w, tile)
+        ).view(query[tile].shape)
+        grad_rel_pos_h[rows] += torch.einsum("ghwk,ghwd->hkd", grad_rel_h, q.view(*grid, -1))
+        grad_rel_pos_w[columns] += torch.einsum("ghwk,ghwd->wkd", grad_rel_w, q.view(*grid, -1))
     return (grad.to(tensor.dtype) for grad, tensor in zip(grads, inputs, strict=True))
 
 
-def query_tiles(query: torch.Tensor) -> Iterator[tuple[slice, slice, slice]]:
-    """Cuts queries (G, H, W, d) into tiles whose scores against all keys take at most `ATTENTION_TILE_BYTES`.
+def tiles(query: torch.Tensor, tile_bytes: int, *dtypes: torch.dtype) -> Iterator[tuple[tuple[slice, ...], list]]:
+    """Cuts the queries (R, S, h, H, W, d) into tiles, each with room for its scores (g, n, N) against all its keys.
 
     Yields:
-        The tile's range of groups, of rows and of columns; more than one row only with all columns, more than one group
-        only with all rows.
+        The tile's index into `query`, less the last axis, and for each of `dtypes` a tensor (g, n, N) of at most
+        `tile_bytes`, or one query's scores, which is the same memory for all tiles.
     """
-    groups, height, width, _ = query.shape
-    itemsize = max(query.element_size(), torch.float32.itemsize)
-    queries = max(1, ATTENTION_TILE_BYTES // (height * width * itemsize))
-    for group in _ranges(groups, queries // (height * width)):
-        for rows in _ranges(height, queries // width):
-            for columns in _ranges(width, queries):
-                yield group, rows, columns
-
-
-def _ranges(length: int, step: int) -> list[slice]:
-    step = max(1, step)
-    return [slice(start, start + step) for start in range(0, length, step)]
+    *shape, _ = query.shape
+    num_keys = shape[-2] * shape[-1]
+    limit = max(1, tile_bytes // (num_keys * max(dtype.itemsize for dtype in dtypes)))
+    ranges, num_queries = [], 1
+    for length in reversed(shape):  # an axis is cut only where all after it fit as a whole, or into ones
+        step = max(1, min(length, limit // num_queries))
+        num_queries *= step
+        ranges.append([slice(start, min(start + step, length)) for start in range(0, length, step)])
+    rooms = [query.new_empty(num_queries * num_keys, dtype=dtype) for dtype in dtypes]
+    for tile in itertools.product(*reversed(ranges)):
+        sides = [part.stop - part.start for part in tile]
+        size = math.prod(sides[:3]), math.prod(sides[3:]), num_keys
+        yield tile, [room[: math.prod(size)].view(size) for room in rooms]
 
 
 def _sdpa(query, key, value, bias, scale: float, dropout: float = 0.0) -> torch.Tensor:
-    """`scaled_dot_product_attention` of (G, H, W, d), as the four dimensions that its fused kernels ask for."""
-    query_, key_, value_ = (tensor.flatten(1, 2)[None] for tensor in (query, key, value))
+    """`scaled_dot_product_attention` of (R, S, h, H, W, d), as the four dimensions that its fused kernels ask for."""
+    q, k, v = (tokens(states)[None] for states in (query, key, value))
     bias = None if bias is None else bias[None]
-    output = F.scaled_dot_product_attention(query_, key_, value_, attn_mask=bias, dropout_p=dropout, scale=scale)
-    return output.view_as(query)
+    output = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=scale)
+    return output.view(query.shape)

@@ -38,7 +38,12 @@ class StockConfigMixin:
 
 
 class SamSplitVisionConfig(StockConfigMixin, SamVisionConfig):
-    """Configuration of `SamSplitVisionModel`: the arguments of `SamVisionConfig`, checked.
+    """Configuration of `SamSplitVisionModel`: the arguments of `SamVisionConfig`, checked, and one more.
+
+    Args:
+        attention_tile_bytes: What `sdpa` attention may take for the scores of some of the queries, in bytes, whatever
+            the batch and the image size; inference holds one such tile at a time, training two. Tiles of a few MB stay
+            in a CPU's caches, larger ones keep a GPU busier.
 
     Raises:
         ValueError: If the settings would build a broken or silently different model.
@@ -47,9 +52,14 @@ class SamSplitVisionConfig(StockConfigMixin, SamVisionConfig):
     model_type = "sam_split_vision_model"
     _auto_class = "AutoConfig"
 
-    def __init__(self, **kwargs):
+    def __init__(self, attention_tile_bytes: int = 8 * 2**20, **kwargs):
         kwargs.pop("model_type", None)  # a stock config names its own type
         super().__init__(**kwargs)
+        self.attention_tile_bytes = attention_tile_bytes
+        if attention_tile_bytes < 1:
+            raise ValueError(
+                f"attention_tile_bytes={attention_tile_bytes} leaves attention no memory: choose 1 MB or more."
+            )
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size={self.hidden_size} is not divisible by num_attention_heads={self.num_attention_heads}: "
@@ -115,10 +125,9 @@ def _as_split(config_dict: dict[str, Any]) -> dict[str, Any]:
 
 
 def _stock_settings(config: PreTrainedConfig) -> dict[str, Any]:
-    """The settings of `config` without those that say which code it belongs to."""
-    return {
-        key: value for key, value in config.to_dict().items() if key not in ("model_type", "auto_map", "architectures")
-    }
+    """The settings of `config` that stock SAM knows, without those that say which code it belongs to."""
+    ours = ("model_type", "auto_map", "architectures", "attention_tile_bytes")
+    return {key: value for key, value in config.to_dict().items() if key not in ours}
 
 
 def _check_attention_implementation(config: SamConfig | SamVisionConfig) -> None:

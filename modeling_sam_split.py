@@ -8,12 +8,13 @@ again.
 Shapes: B images, H x W tokens, C channels; h heads of d channels; G = B x windows x h groups of N tokens each.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, SamModel, SamVisionConfig, SamVisionModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.sam.modeling_sam import (
@@ -29,7 +30,7 @@ from transformers.models.sam.modeling_sam import (
     SamVisionNeck,
 )
 
-from .attention_sam_split import ATTENTION_FUNCTIONS, merge_windows_and_heads, pad_windows, split_windows_and_heads
+from .attention_sam_split import ATTENTION_FUNCTIONS, merge_windows_and_heads, pad_to_windows, split_windows_and_heads
 from .configuration_sam_split import SamSplitConfig, SamSplitVisionConfig
 from .conversion_sam_split import PROJECTIONS, split_q_k_v
 
@@ -41,6 +42,8 @@ class SamVisionAttentionSplit(SamVisionAttention):
         config: The vision encoder's configuration.
         window_size: Side of the window in tokens, 0 for global attention over the whole image.
     """
+
+    gradient_checkpointing = False  # switched with that of the layers
 
     def __init__(self, config: SamVisionConfig, window_size: int):
         nn.Module.__init__(self)  # SamVisionAttention's own would allocate the fused qkv
@@ -111,9 +114,8 @@ class SamVisionAttentionSplit(SamVisionAttention):
         self, hidden_states: torch.Tensor, output_attentions: bool | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Returns the attended `hidden_states` (B, H, W, C) and, from `eager` only, the weights (G, N, N)."""
-        _, height, width, _ = hidden_states.shape
-        grid = height, width
-        window = (self.window_size, self.window_size) if self.window_size else grid
+        batch_size, height, width, _ = hidden_states.shape
+        window = (self.window_size, self.window_size) if self.window_size else (height, width)
         query, key, value = (self.project(linear, hidden_states, window) for linear in (self.q, self.k, self.v))
         rel_pos = None
         if self.use_rel_pos:
@@ -122,17 +124,19 @@ class SamVisionAttentionSplit(SamVisionAttention):
                 for size, table in zip(window, (self.rel_pos_h, self.rel_pos_w), strict=True)
             )
         attention = ATTENTION_FUNCTIONS[self.config._attn_implementation]
-        dropout = self.dropout if self.training else 0.0
-        attn_output, attn_weights = attention(query, key, value, rel_pos, self.scale, dropout)
-        return self.proj(merge_windows_and_heads(attn_output, grid, self.num_attention_heads)), attn_weights
+        attn_output, attn_weights = attention(self, query, key, value, rel_pos)
+        attn_output = merge_windows_and_heads(attn_output, batch_size)[:, :height, :width]
+        return self.proj(attn_output.contiguous()), attn_weights  # a slice would make Linear slow
 
     def project(self, linear: nn.Module, hidden_states: torch.Tensor, window: tuple[int, int]) -> torch.Tensor:
-        """Applies `linear` to `hidden_states` (B, H, W, C) and cuts the result into windows and heads (G, *window, d)."""
-        states = linear(hidden_states)
+        """Applies `linear` to `hidden_states` (B, H, W, C) and cuts the result into windows and heads."""
+        # Dropout in an adapter would keep two tensors as large as its input.
+        keeps_much = any(isinstance(module, nn.Dropout) for module in linear.modules())
+        states = recompute(self, linear, hidden_states) if keeps_much else linear(hidden_states)
         if any(tokens % size for tokens, size in zip(hidden_states.shape[1:3], window, strict=True)):
             # The padding is of zeros before the projection. It attends and is attended to, so it is projected too.
             padding = linear(hidden_states.new_zeros(1, 1, 1, hidden_states.shape[-1]))
-            states = pad_windows(states, padding, window)
+            states = pad_to_windows(states, padding, window)
         return split_windows_and_heads(states, window, self.num_attention_heads)
 
     def get_rel_pos(self, q_size: int, k_size: int, rel_pos: torch.Tensor) -> torch.Tensor:
@@ -157,7 +161,21 @@ class SamVisionLayerSplit(SamVisionLayer):
         """Returns `hidden_states` (B, H, W, C) after attention, which cuts its windows itself, and MLP."""
         attn_output, _ = self.attn(self.layer_norm1(hidden_states))
         hidden_states = hidden_states + attn_output
-        return hidden_states + self.mlp(self.layer_norm2(hidden_states))
+        return hidden_states + recompute(self, self.feed_forward, hidden_states)
+
+    def feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The layer's second half without its residual, whose activations are four times as wide as its input."""
+        return self.mlp(self.layer_norm2(hidden_states))
+
+
+def recompute(module: nn.Module, function: Callable[[torch.Tensor], torch.Tensor], hidden_states: torch.Tensor):
+    """Calls `function`, and in training once more in backward, rather than keep what it computes on the way.
+
+    With gradient checkpointing all of `module` is computed again, so that this would only add a third time.
+    """
+    if module.training and not module.gradient_checkpointing:
+        return checkpoint(function, hidden_states, use_reentrant=False)
+    return function(hidden_states)
 
 
 class SamSplitPreTrainedModel(SamPreTrainedModel):

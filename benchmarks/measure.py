@@ -1,6 +1,6 @@
 """One measurement in a process of its own: time and peak memory of one implementation at one task, printed as JSON.
 
-    python benchmarks/measure.py --implementation split --task lora
+python benchmarks/measure.py --implementation split --task lora
 """
 
 import argparse
@@ -104,7 +104,7 @@ def build_step(args: argparse.Namespace) -> Callable[[], None]:
 
 
 def randomize(model: nn.Module) -> nn.Module:
-    """Gives the vision encoder weights of a trained one's size: its own are 1e-10 small, and zero relative positions."""
+    """Gives the vision encoder weights of a trained one's size; its own are 1e-10 small, and `rel_pos` zero."""
     with torch.no_grad():
         for name, parameter in model.vision_encoder.named_parameters():
             if parameter.dim() > 1 or "rel_pos" in name:
@@ -113,7 +113,7 @@ def randomize(model: nn.Module) -> nn.Module:
 
 
 class MatrixProducts(TorchDispatchMode):
-    """Records the shapes of all matrix products of a step, to run them and nothing else: its time has a floor there."""
+    """Records the shapes of all matrix products of a step, to run them and nothing else: the floor of its time."""
 
     def __init__(self):
         super().__init__()
