@@ -4,7 +4,7 @@ BASE ?= checkpoints/sam-tiny
 NEWEST := .venv/newest/bin
 FLOOR := .venv/floor/bin
 
-.PHONY: demo test clean
+.PHONY: demo test bench clean
 
 # Fine-tunes BASE (a folder or a Hub id) on half of the coins of a photograph and shows the other half.
 demo: .venv/newest/installed
@@ -17,6 +17,11 @@ test: .venv/newest/installed .venv/floor/installed
 	$(NEWEST)/mypy
 	$(NEWEST)/pytest
 	$(FLOOR)/pytest
+
+# Time and memory against stock SAM; BENCH="--help" says what can be varied.
+BENCH ?= --growth
+bench: .venv/newest/installed
+	$(NEWEST)/python benchmarks/bench.py $(BENCH)
 
 clean:
 	rm -rf .venv build

@@ -195,7 +195,7 @@ def test_compiles_as_one_graph(train, inputs):
 def test_exports(dynamic, load, inputs):
     model = load()
     batch = {0: torch.export.Dim("batch")} if dynamic else None
-    shapes = {name: batch for name in inputs} if dynamic else None
+    shapes = dict.fromkeys(inputs, batch) if dynamic else None
     exported = torch.export.export(model, (), dict(inputs), dynamic_shapes=shapes, strict=False).module()
     assert_same_outputs(exported(**inputs), model(**inputs))
     encoder = model.vision_encoder

@@ -1,0 +1,164 @@
+"""Time and memory of this repo's model against stock SAM: side by side, each measurement in a process of its own.
+
+python benchmarks/bench.py --rounds 3
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+from measure import SIZES
+from tqdm import tqdm
+
+
+HERE = Path(__file__).resolve().parent
+PEER = "stock-sdpa"
+# Gradient checkpointing is compared with the stock step without it: what it costs to fit in this little memory.
+COMPARISONS = {
+    "encoder": [("stock-eager", "encoder"), (PEER, "encoder"), ("split", "encoder"), ("products", "encoder")],
+    "lora": [("stock-eager", "lora"), (PEER, "lora"), ("split", "lora"), ("products", "lora")],
+    "lora-checkpointing": [(PEER, "lora"), ("split", "lora-checkpointing")],
+}
+TITLES = {
+    "encoder": "encoder, no grad",
+    "lora": "LoRA step",
+    "lora-checkpointing": "LoRA step, gradient checkpointing",
+}
+GROWTH_SIDES = (512, 768, 1024, 1536, 2048)
+
+
+def main() -> None:
+    args = parse_args()
+    results: dict = {"machine": machine(args.device), "command": " ".join(["python", *sys.argv])}
+    results["table"] = compare(args)
+    if args.growth:
+        results["growth"] = growth(args)
+        draw(results["growth"], args.output / "growth.png")
+    report = markdown(results, args)
+    print(report)
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    (args.output / "results.md").write_text(report + "\n")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=SIZES, default="base")
+    parser.add_argument("--side", type=int, default=1024, help="of the image, in pixels")
+    parser.add_argument("--batch", type=int, default=1, help="images")
+    parser.add_argument("--rounds", type=int, default=3, help="of which the medians are reported")
+    parser.add_argument("--tasks", nargs="+", choices=COMPARISONS, default=list(COMPARISONS))
+    parser.add_argument("--growth", action="store_true", help="also LoRA steps at image sides of 512 to 2048 pixels")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--output", type=Path, default=HERE)
+    return parser.parse_args()
+
+
+def machine(device: str) -> dict[str, str]:
+    """What the numbers were measured on."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        name = lines[0].split(":")[1].strip() if lines else name
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
+    versions = {package: version(package) for package in ("torch", "transformers", "peft")}
+    return {"device": name, "threads": str(torch.get_num_threads()), "libc": " ".join(platform.libc_ver()), **versions}
+
+
+def measure(implementation: str, task: str, args: argparse.Namespace, **changes) -> dict[str, float]:
+    """Runs `measure.py` in a new process; a step that does not fit in memory gives an empty result."""
+    options = {"model": args.model, "side": args.side, "batch": args.batch, "device": args.device, **changes}
+    command = [sys.executable, str(HERE / "measure.py"), "--implementation", implementation, "--task", task]
+    command += [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if process.returncode in (-6, -9):  # aborted by an allocation in C++, or by the system
+        return {}
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{process.stderr}")
+    result = json.loads(process.stdout.splitlines()[-1])
+    return {} if "error" in result else result
+
+
+def compare(args: argparse.Namespace) -> dict[str, dict[str, dict[str, float]]]:
+    """Medians over the rounds, by task and implementation; the implementations alternate."""
+    pairs = sorted({pair for task in args.tasks for pair in COMPARISONS[task]})
+    found: dict = {pair: [] for pair in pairs}
+    for _, (implementation, task) in tqdm([(r, pair) for r in range(args.rounds) for pair in pairs], desc="compare"):
+        found[implementation, task].append(measure(implementation, task, args))
+    return {
+        task: {
+            implementation: {
+                key: statistics.median(result[key] for result in found[implementation, measured])
+                for key in ("seconds", "gigabytes")
+            }
+            if all(found[implementation, measured])
+            else {}
+            for implementation, measured in COMPARISONS[task]
+        }
+        for task in args.tasks
+    }
+
+
+def growth(args: argparse.Namespace) -> dict[str, dict[int, dict[str, float]]]:
+    """One LoRA step at each image side."""
+    cases = [(implementation, side) for side in GROWTH_SIDES for implementation in (PEER, "split")]
+    found: dict = {PEER: {}, "split": {}}
+    for implementation, side in tqdm(cases, desc="growth"):
+        found[implementation][side] = measure(implementation, "lora", args, side=side, repeats=0)
+    return found
+
+
+def markdown(results: dict, args: argparse.Namespace) -> str:
+    """The tables of the README."""
+    lines = [f"ViT-{args.model[0].upper()}, {args.side} x {args.side} pixels, batch {args.batch}, fp32, medians of "]
+    lines[0] += f"{args.rounds}: " + ", ".join(f"{key} {value}" for key, value in results["machine"].items())
+    lines += ["", "| | time | / stock sdpa | peak memory | / stock sdpa |", "|---|---|---|---|---|"]
+    for task, row in results["table"].items():
+        for implementation, result in row.items():
+            label = {"products": "matrix products alone", "split": "sam-split"}.get(implementation, implementation)
+            lines.append(f"| {TITLES[task]}: {label} | {_cells(result, row[PEER], implementation != 'products')} |")
+    if "growth" in results:
+        lines += ["", "| LoRA step, image side | stock sdpa | sam-split |", "|---|---|---|"]
+        for side in GROWTH_SIDES:
+            cells = [results["growth"][implementation][side] for implementation in (PEER, "split")]
+            texts = [f"{c['seconds']:.1f} s, {c['gigabytes']:.2f} GB" if c else "out of memory" for c in cells]
+            lines.append(f"| {side} | {' | '.join(texts)} |")
+    return "\n".join(lines)
+
+
+def _cells(result: dict[str, float], peer: dict[str, float], has_memory: bool) -> str:
+    if not result:
+        return "out of memory | | out of memory | "
+    cells = []
+    for key, unit, digits in (("seconds", "s", 1), ("gigabytes", "GB", 2)):
+        known = has_memory or key == "seconds"
+        cells.append(f"{result[key]:.{digits}f} {unit}" if known else "")
+        cells.append(f"{result[key] / peer[key]:.2f}" if known and peer else "")
+    return " | ".join(cells)
+
+
+def draw(found: dict[str, dict[int, dict[str, float]]], path: Path) -> None:
+    """Plots time and memory against the image side; what did not fit is left out."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
+    for axis, key, label in zip(axes, ("seconds", "gigabytes"), ("time (s)", "peak memory (GB)"), strict=True):
+        for implementation, name in ((PEER, "stock sdpa"), ("split", "sam-split")):
+            points = [(side, result[key]) for side, result in found[implementation].items() if result]
+            axis.plot(*zip(*points, strict=True), "o-", label=name)
+        axis.set(xlabel="image side (pixels)", ylabel=label, xticks=GROWTH_SIDES, ylim=(0, None))
+    axes[0].legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()
