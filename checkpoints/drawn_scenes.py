@@ -24,17 +24,21 @@ class DrawnScenes(Dataset):
         seed: Scenes of different seeds are unrelated; equal seeds give equal scenes.
         image_size: Side of the square image in pixels.
         num_prompts: Objects asked for per scene; drawn with replacement when a scene shows fewer.
-        ramp: Number of first scenes over which the difficulty grows from plain to full.
+        difficulty: From 0, few objects in plain colours, to 1, up to a dozen, whose textures may hardly differ from what is
+            around them, under uneven light, with little contrast and much noise. Shapes, sizes and occlusion are of all
+            kinds at any difficulty.
+        ramp: Number of first scenes over which the difficulty grows from 0 to `difficulty`.
     """
 
-    def __init__(self, length: int, seed: int, image_size: int, num_prompts: int, ramp: int = 0):
-        self.length, self.seed, self.image_size, self.num_prompts, self.ramp = (
-            length,
-            seed,
-            image_size,
-            num_prompts,
-            ramp,
-        )
+    def __init__(
+        self, length: int, seed: int, image_size: int, num_prompts: int, difficulty: float = 1.0, ramp: int = 0
+    ):
+        self.length = length
+        self.seed = seed
+        self.image_size = image_size
+        self.num_prompts = num_prompts
+        self.difficulty = difficulty
+        self.ramp = ramp
 
     def __len__(self) -> int:
         return self.length
@@ -43,7 +47,7 @@ class DrawnScenes(Dataset):
         """Returns `image` (3, H, W) uint8, `valid` (2,) the height and width that are not padding, and per prompt
         `masks` (P, H, W) bool, `points` (P, 2) and `boxes` (P, 4) in pixels, x before y."""
         rng = np.random.default_rng([self.seed, index])
-        difficulty = min(1.0, index / self.ramp) if self.ramp else 1.0
+        difficulty = self.difficulty * (min(1.0, index / self.ramp) if self.ramp else 1.0)
         while True:
             image, labels = draw_scene(rng, self.image_size, difficulty)
             height, width = self._crop(rng)

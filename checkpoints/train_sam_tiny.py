@@ -28,6 +28,7 @@ IMAGE_SIZE = 128
 PATCH_SIZE = 8
 MASK_SIZE = 4 * IMAGE_SIZE // PATCH_SIZE  # the mask decoder upscales the token grid four times
 HELD_OUT_SEED = 2**31  # no training run uses it
+LEVELS = (0.0, 0.5, 1.0)
 
 
 def main() -> None:
@@ -57,13 +58,13 @@ def main() -> None:
         if step % args.save_every == 0 or step == args.steps:
             model.save_pretrained(args.output)
             processor.save_pretrained(args.output)
-    print(json.dumps(evaluate(model, processor), indent=2))
+    print(json.dumps({f"difficulty {level}": evaluate(model, processor, level) for level in LEVELS}, indent=2))
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=9_000)
+    parser.add_argument("--steps", type=int, default=12_000)
     parser.add_argument("--batch-size", type=int, default=8, help="scenes per step")
     parser.add_argument("--prompts", type=int, default=6, help="objects asked for per scene")
     parser.add_argument("--learning-rate", type=float, default=1.2e-3)
@@ -163,12 +164,14 @@ def mask_iou(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def evaluate(model: SamModel, processor: SamProcessor, num_scenes: int = 400) -> dict[str, float]:
+def evaluate(
+    model: SamModel, processor: SamProcessor, difficulty: float = 1.0, num_scenes: int = 400
+) -> dict[str, float]:
     """Mean IoU at full image resolution over held-out scenes: of the single mask, and of that of the three masks which
     the model's own IoU head rates best, from one random point inside the object, and from its box."""
     model.eval()
     scores: dict[str, list[torch.Tensor]] = {}
-    for batch in DataLoader(DrawnScenes(num_scenes, HELD_OUT_SEED, IMAGE_SIZE, 6), 20):
+    for batch in DataLoader(DrawnScenes(num_scenes, HELD_OUT_SEED, IMAGE_SIZE, 6, difficulty), 20):
         image_embeddings = model.get_image_embeddings(pixel_values(processor, batch))
         truth = batch["masks"].flatten(-2)
         for kind in ("point", "box"):

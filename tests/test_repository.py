@@ -37,6 +37,20 @@ def test_readme_snippets_run(split_dir, stock_dir, tmp_path):
     assert "trainable params: " in run_python(check.format(directory=str(tmp_path), code=code))
 
 
+def test_demo_runs(tmp_path):
+    """With two steps of training; that it learns is for a longer run to show."""
+    output = run_python(
+        f"""
+        import runpy, sys
+        sys.argv = ["demo.py", "--steps", "2", "--output", {str(tmp_path)!r}]
+        runpy.run_path({str(ROOT / "demo.py")!r}, run_name="__main__")
+        """
+    )
+    assert "trainable params: 36,864" in output
+    assert "the same masks" in output
+    assert (tmp_path / "coins.png").stat().st_size > 10_000
+
+
 def test_model_card_metadata():
     data = ModelCard(README).data
     assert (data.license, data.library_name, data.pipeline_tag) == ("apache-2.0", "transformers", "mask-generation")
@@ -75,7 +89,7 @@ def test_processor_is_the_one_of_sam(tmp_path):
     }
 
 
-@pytest.mark.parametrize("path", [*ROOT.glob("configuration_*.py"), *ROOT.glob("modeling_*.py")], ids=lambda p: p.name)
+@pytest.mark.parametrize("path", sorted(ROOT.glob("*_sam_split.py")), ids=lambda p: p.name)
 def test_remote_code_imports_only_what_every_user_has(path: Path):
     allowed = {*sys.stdlib_module_names, "torch", "transformers"}
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
