@@ -24,9 +24,9 @@ class DrawnScenes(Dataset):
         seed: Scenes of different seeds are unrelated; equal seeds give equal scenes.
         image_size: Side of the square image in pixels.
         num_prompts: Objects asked for per scene; drawn with replacement when a scene shows fewer.
-        difficulty: From 0, few objects in plain colours, to 1, up to a dozen, whose textures may hardly differ from what is
-            around them, under uneven light, with little contrast and much noise. Shapes, sizes and occlusion are of all
-            kinds at any difficulty.
+        difficulty: From 0, few objects in plain colours, to 1, up to a dozen, whose textures may hardly differ from
+            what is around them, under uneven light, with little contrast and much noise. Shapes, sizes and occlusion
+            are of all kinds at any difficulty.
         ramp: Number of first scenes over which the difficulty grows from 0 to `difficulty`.
     """
 

@@ -1,6 +1,7 @@
 """Trains `sam-tiny`, a small stock `SamModel` that really segments, from scratch on drawn scenes.
 
 python checkpoints/train_sam_tiny.py --output checkpoints/sam-tiny
+python checkpoints/train_sam_tiny.py --evaluate checkpoints/sam-tiny
 """
 
 from __future__ import annotations
@@ -33,9 +34,12 @@ LEVELS = (0.0, 0.5, 1.0)
 
 def main() -> None:
     args = parse_args()
+    processor = build_processor()
+    if args.evaluate:
+        print_scores(SamModel.from_pretrained(args.evaluate), processor)
+        return
     set_seed(args.seed)
     model = build_model()
-    processor = build_processor()
     scenes = DrawnScenes(
         args.steps * args.batch_size, args.seed, IMAGE_SIZE, args.prompts, ramp=args.ramp * args.batch_size
     )
@@ -58,12 +62,14 @@ def main() -> None:
         if step % args.save_every == 0 or step == args.steps:
             model.save_pretrained(args.output)
             processor.save_pretrained(args.output)
-    print(json.dumps({f"difficulty {level}": evaluate(model, processor, level) for level in LEVELS}, indent=2))
+    print_scores(model, processor)
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True)
+    action = parser.add_mutually_exclusive_group(required=True)
+    action.add_argument("--output", type=Path, help="where to save the trained model")
+    action.add_argument("--evaluate", type=Path, help="print the scores of this checkpoint instead of training one")
     parser.add_argument("--steps", type=int, default=12_000)
     parser.add_argument("--batch-size", type=int, default=8, help="scenes per step")
     parser.add_argument("--prompts", type=int, default=6, help="objects asked for per scene")
@@ -74,6 +80,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--save-every", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
+
+
+def print_scores(model: SamModel, processor: SamProcessor) -> None:
+    print(json.dumps({f"difficulty {level}": evaluate(model, processor, level) for level in LEVELS}, indent=2))
 
 
 def build_model() -> SamModel:
