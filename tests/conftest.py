@@ -102,6 +102,8 @@ def stock_model(**vision) -> SamModel:
 
 def split_class(name: str = "SamSplitModel") -> type[PreTrainedModel]:
     """A class of this checkout, as a user without a model repo gets it."""
+    # The configuration first, as AutoModel does: transformers 5.0 would later import it a second time.
+    get_class_from_dynamic_module("configuration_sam_split.SamSplitConfig", str(ROOT))
     return get_class_from_dynamic_module(f"modeling_sam_split.{name}", str(ROOT))
 
 
