@@ -19,7 +19,7 @@ test: .venv/newest/installed .venv/floor/installed
 	$(FLOOR)/pytest
 
 # Time and memory against stock SAM; BENCH="--help" says what can be varied.
-BENCH ?= --growth
+BENCH ?=
 bench: .venv/newest/installed
 	$(NEWEST)/python benchmarks/bench.py $(BENCH)
 

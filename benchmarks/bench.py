@@ -11,6 +11,7 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
@@ -32,30 +33,36 @@ TITLES = {
     "lora-checkpointing": "LoRA step, gradient checkpointing",
 }
 GROWTH_SIDES = (512, 768, 1024, 1536, 2048)
+PARTS = ("table", "growth", "sizes")
 
 
 def main() -> None:
     args = parse_args()
-    results: dict = {"machine": machine(args.device), "command": " ".join(["python", *sys.argv])}
-    results["table"] = compare(args)
-    if args.growth:
-        results["growth"] = growth(args)
-        draw(results["growth"], args.output / "growth.png")
-    report = markdown(results, args)
-    print(report)
     args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    file = args.output / "results.json"
+    results: dict = json.loads(file.read_text()) if file.exists() else {}
+    if results.get("machine") != machine(args.device):  # parts measured elsewhere do not belong together
+        results = {"machine": machine(args.device)}
+    for part in args.parts:
+        results[part] = {"table": table, "growth": growth, "sizes": sizes}[part](args)
+        file.write_text(json.dumps(results, indent=2) + "\n")
+    if "growth" in results:
+        draw(results["growth"], args.output / "growth.png")
+    report = markdown(results)
+    print(report)
     (args.output / "results.md").write_text(report + "\n")
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=PARTS, help="the others are kept as last measured"
+    )
     parser.add_argument("--model", choices=SIZES, default="base")
     parser.add_argument("--side", type=int, default=1024, help="of the image, in pixels")
     parser.add_argument("--batch", type=int, default=1, help="images")
     parser.add_argument("--rounds", type=int, default=3, help="of which the medians are reported")
     parser.add_argument("--tasks", nargs="+", choices=COMPARISONS, default=list(COMPARISONS))
-    parser.add_argument("--growth", action="store_true", help="also LoRA steps at image sides of 512 to 2048 pixels")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--output", type=Path, default=HERE)
     return parser.parse_args()
@@ -88,13 +95,13 @@ def measure(implementation: str, task: str, args: argparse.Namespace, **changes)
     return {} if "error" in result else result
 
 
-def compare(args: argparse.Namespace) -> dict[str, dict[str, dict[str, float]]]:
+def table(args: argparse.Namespace) -> dict[str, Any]:
     """Medians over the rounds, by task and implementation; the implementations alternate."""
     pairs = sorted({pair for task in args.tasks for pair in COMPARISONS[task]})
     found: dict = {pair: [] for pair in pairs}
-    for _, (implementation, task) in tqdm([(r, pair) for r in range(args.rounds) for pair in pairs], desc="compare"):
+    for _, (implementation, task) in tqdm([(r, pair) for r in range(args.rounds) for pair in pairs], desc="table"):
         found[implementation, task].append(measure(implementation, task, args))
-    return {
+    tasks = {
         task: {
             implementation: {
                 key: statistics.median(result[key] for result in found[implementation, measured])
@@ -106,32 +113,56 @@ def compare(args: argparse.Namespace) -> dict[str, dict[str, dict[str, float]]]:
         }
         for task in args.tasks
     }
+    return {"model": args.model, "side": args.side, "batch": args.batch, "rounds": args.rounds, "tasks": tasks}
 
 
-def growth(args: argparse.Namespace) -> dict[str, dict[int, dict[str, float]]]:
+def growth(args: argparse.Namespace) -> dict[str, dict[str, dict[str, float]]]:
     """One LoRA step at each image side."""
-    cases = [(implementation, side) for side in GROWTH_SIDES for implementation in (PEER, "split")]
-    found: dict = {PEER: {}, "split": {}}
-    for implementation, side in tqdm(cases, desc="growth"):
-        found[implementation][side] = measure(implementation, "lora", args, side=side, repeats=0)
-    return found
+    return {
+        str(side): {
+            implementation: measure(implementation, "lora", args, side=side, repeats=0)
+            for implementation in (PEER, "split")
+        }
+        for side in tqdm(GROWTH_SIDES, desc="growth")
+    }
 
 
-def markdown(results: dict, args: argparse.Namespace) -> str:
+def sizes(args: argparse.Namespace) -> dict[str, dict[str, dict[str, float]]]:
+    """The larger models, on images of 512 pixels, so that stock's fit as well."""
+    return {
+        f"ViT-{model[0].upper()}, {TITLES[task]}": {
+            implementation: measure(implementation, task, args, model=model, side=512)
+            for implementation in (PEER, "split")
+        }
+        for model, task in tqdm([(m, t) for m in ("large", "huge") for t in ("encoder", "lora")], desc="sizes")
+    }
+
+
+def markdown(results: dict[str, Any]) -> str:
     """The tables of the README."""
-    lines = [f"ViT-{args.model[0].upper()}, {args.side} x {args.side} pixels, batch {args.batch}, fp32, medians of "]
-    lines[0] += f"{args.rounds}: " + ", ".join(f"{key} {value}" for key, value in results["machine"].items())
-    lines += ["", "| | time | / stock sdpa | peak memory | / stock sdpa |", "|---|---|---|---|---|"]
-    for task, row in results["table"].items():
-        for implementation, result in row.items():
-            label = {"products": "matrix products alone", "split": "sam-split"}.get(implementation, implementation)
-            lines.append(f"| {TITLES[task]}: {label} | {_cells(result, row[PEER], implementation != 'products')} |")
-    if "growth" in results:
-        lines += ["", "| LoRA step, image side | stock sdpa | sam-split |", "|---|---|---|"]
-        for side in GROWTH_SIDES:
-            cells = [results["growth"][implementation][side] for implementation in (PEER, "split")]
-            texts = [f"{c['seconds']:.1f} s, {c['gigabytes']:.2f} GB" if c else "out of memory" for c in cells]
-            lines.append(f"| {side} | {' | '.join(texts)} |")
+    lines = [", ".join(f"{key} {value}" for key, value in results["machine"].items()), ""]
+    if "table" in results:
+        setting = results["table"]
+        lines += [
+            f"ViT-{setting['model'][0].upper()}, {setting['side']} x {setting['side']} pixels, "
+            f"batch {setting['batch']}, fp32, medians of {setting['rounds']}:",
+            "",
+            "| | time | / stock sdpa | peak memory | / stock sdpa |",
+            "|---|---|---|---|---|",
+        ]
+        for task, row in setting["tasks"].items():
+            for implementation, result in row.items():
+                label = {"products": "matrix products alone", "split": "sam-split"}.get(implementation, implementation)
+                cells = _cells(result, row[PEER], has_memory=implementation != "products")
+                lines.append(f"| {TITLES[task]}: {label} | {cells} |")
+    for part, title in (("growth", "LoRA step, image side"), ("sizes", "512 x 512 pixels")):
+        if part in results:
+            lines += ["", f"| {title} | stock sdpa | sam-split |", "|---|---|---|"]
+            for case, row in results[part].items():
+                texts = [
+                    f"{r['seconds']:.1f} s, {r['gigabytes']:.2f} GB" if r else "out of memory" for r in row.values()
+                ]
+                lines.append(f"| {case} | {' | '.join(texts)} |")
     return "\n".join(lines)
 
 
@@ -146,16 +177,15 @@ def _cells(result: dict[str, float], peer: dict[str, float], has_memory: bool) -
     return " | ".join(cells)
 
 
-def draw(found: dict[str, dict[int, dict[str, float]]], path: Path) -> None:
+def draw(found: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
     """Plots time and memory against the image side; what did not fit is left out."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
     for axis, key, label in zip(axes, ("seconds", "gigabytes"), ("time (s)", "peak memory (GB)"), strict=True):
         for implementation, name in ((PEER, "stock sdpa"), ("split", "sam-split")):
-            points = [(side, result[key]) for side, result in found[implementation].items() if result]
+            points = [(int(side), row[implementation][key]) for side, row in found.items() if row[implementation]]
             axis.plot(*zip(*points, strict=True), "o-", label=name)
         axis.set(xlabel="image side (pixels)", ylabel=label, xticks=GROWTH_SIDES, ylim=(0, None))
     axes[0].legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
