@@ -12,6 +12,8 @@ require_version(
     "Checkpoints are split while loading, which needs transformers 5: pip install -U transformers",
 )
 
+require_version("torch>=2.7", "Attention asks torch.compiler.is_exporting(): pip install -U torch")
+
 ATTENTION_IMPLEMENTATIONS = ("eager", "sdpa")
 
 

@@ -106,6 +106,14 @@ class SamVisionAttentionSplit(SamVisionAttention):
                 )
                 return
             state_dict.update(parts)
+        places = {f"{prefix}{name}.{kind}" for name in PROJECTIONS for kind in ("weight", "bias")}
+        displaced = sorted(key for key in state_dict if key in places - own_keys or key.startswith(f"{prefix}qkv."))
+        if displaced:
+            error_msgs.append(
+                f"There is no place for {', '.join(displaced)}: an adapter of the fused qkv does not fit q, k and v; "
+                "weights of q, k and v are to be loaded before adapters are added, with the checkpoint's own qkv_bias."
+            )
+            return
         missing = sorted(own_keys - state_dict.keys())
         if missing and len(missing) < len(own_keys):
             error_msgs.append(f"The state dict holds a part of {prefix}q, k, v, but lacks {', '.join(missing)}.")
@@ -135,7 +143,7 @@ class SamVisionAttentionSplit(SamVisionAttention):
         states = recompute(self, linear, hidden_states) if keeps_much else linear(hidden_states)
         if any(tokens % size for tokens, size in zip(hidden_states.shape[1:3], window, strict=True)):
             # The padding is of zeros before the projection. It attends and is attended to, so it is projected too.
-            padding = linear(hidden_states.new_zeros(1, 1, 1, hidden_states.shape[-1]))
+            padding = linear(torch.zeros_like(hidden_states[:1, :1, :1]))
             states = pad_to_windows(states, padding, window)
         return split_windows_and_heads(states, window, self.num_attention_heads)
 
@@ -168,14 +176,37 @@ class SamVisionLayerSplit(SamVisionLayer):
         return self.mlp(self.layer_norm2(hidden_states))
 
 
-def recompute(module: nn.Module, function: Callable[[torch.Tensor], torch.Tensor], hidden_states: torch.Tensor):
+def recompute(
+    module: nn.Module, function: Callable[[torch.Tensor], torch.Tensor], hidden_states: torch.Tensor
+) -> torch.Tensor:
     """Calls `function`, and in training once more in backward, rather than keep what it computes on the way.
 
     With gradient checkpointing all of `module` is computed again, so that this would only add a third time.
+
+    Raises:
+        RuntimeError: In backward, if the second call would not compute what the first did.
     """
-    if module.training and not module.gradient_checkpointing:
+    if not module.training or module.gradient_checkpointing:
+        return function(hidden_states)
+    if torch.compiler.is_compiling():  # which keeps the first call's weights itself
         return checkpoint(function, hidden_states, use_reentrant=False)
-    return function(hidden_states)
+
+    def fingerprint() -> list:
+        modules = [(m.training, getattr(m, "active_adapters", None), len(m._forward_hooks)) for m in module.modules()]
+        disabled = [m.disable_adapters for m in module.modules() if hasattr(m, "disable_adapters")]
+        return [modules, disabled, [parameter._version for parameter in module.parameters()]]
+
+    before = fingerprint()
+
+    def unchanged(hidden_states: torch.Tensor) -> torch.Tensor:
+        if fingerprint() != before:
+            raise RuntimeError(
+                "Weights, adapters, hooks or the mode of a vision layer were changed between forward and backward. "
+                "Backward computes parts of the layer again and would get other values: call it before the change."
+            )
+        return function(hidden_states)
+
+    return checkpoint(unchanged, hidden_states, use_reentrant=False)
 
 
 class SamSplitPreTrainedModel(SamPreTrainedModel):

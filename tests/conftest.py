@@ -14,6 +14,7 @@ from pathlib import Path
 # Before transformers is imported: no cache of the user's is read or written, and no hub is asked.
 _home = tempfile.TemporaryDirectory(prefix="sam-split-tests-")
 os.environ.update(HF_HOME=_home.name, HF_MODULES_CACHE=f"{_home.name}/modules", HF_HUB_OFFLINE="1")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests put inputs on the CPU
 os.environ["OMP_NUM_THREADS"] = "1"  # threads only slow such tiny models down
 
 import pytest  # noqa: E402

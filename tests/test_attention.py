@@ -177,6 +177,24 @@ def test_training_recomputes_rather_than_keeps(load, inputs):
     assert sorted(calls) == ["k", "k", "mlp", "q", "q"], "k and q project the padding too"
 
 
+def test_distributed_data_parallel(load, inputs, tmp_path):
+    model = load().train()
+
+    def gradients(module: nn.Module) -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        module(**inputs).pred_masks.sum().backward()
+        return {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+
+    expected = gradients(model)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        actual = gradients(nn.parallel.DistributedDataParallel(model, find_unused_parameters=True))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert any("attn.q.weight" in name for name in expected)
+    assert_same_outputs(actual, expected)
+
+
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch.compile does it
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
 def test_compiles_as_one_graph(train, inputs):
@@ -230,3 +248,24 @@ def test_tiles_cover_every_query_once():
             assert room.numel() == seen[tile].numel() * num_keys
             assert room.numel() * 4 <= max(tile_bytes, num_keys * 4)
         assert (seen == 1).all()
+
+
+def test_changes_between_forward_and_backward_are_refused(load, inputs):
+    """Backward computes parts of the layers again, and would silently get other values."""
+    config = LoraConfig(target_modules=["q", "v"], task_type="FEATURE_EXTRACTION", lora_dropout=0.1)
+    model = get_peft_model(load(), config).train()
+    model.add_adapter("other", config)
+    query = model.base_model.model.vision_encoder.layers[0].attn.q
+    changes = [
+        lambda: model.set_adapter("other"),
+        lambda: query.lora_B["default"].weight.add_(1),
+        lambda: model.eval(),
+        lambda: query.register_forward_hook(lambda *_: None),
+    ]
+    for change in changes:
+        model.train().set_adapter("default")
+        loss = model(pixel_values=inputs["pixel_values"], input_points=inputs["input_points"]).pred_masks.sum()
+        with torch.no_grad():
+            change()
+        with pytest.raises(RuntimeError, match="between forward and backward"):
+            loss.backward()

@@ -195,3 +195,11 @@ def test_whole_circle(vision, inputs, tmp_path, logged):
         assert_same_outputs(tuned(**inputs), expected)
         assert not torch.allclose(before(**inputs).pred_masks, expected.pred_masks)
     assert logged == []
+
+
+def test_adapter_of_fused_qkv_is_refused(stock, load, tmp_path):
+    """Even where other targets of it do fit, and PEFT would load those alone."""
+    config = LoraConfig(target_modules=["qkv", "lin1"], task_type="FEATURE_EXTRACTION")
+    get_peft_model(copy.deepcopy(stock), config).save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="adapter of the fused qkv does not fit"):
+        PeftModel.from_pretrained(load(), tmp_path)

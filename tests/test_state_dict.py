@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from conftest import assert_holds_weights_of, assert_same_outputs, split_class, stock_model
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 
@@ -102,3 +103,13 @@ def test_bias_without_a_place_raises(strict, stock):
 def test_other_weights_alone_are_left_to_the_caller(split, stock):
     decoder = {name: tensor for name, tensor in stock.state_dict().items() if name.startswith("mask_decoder.")}
     assert len(split.load_state_dict(decoder, strict=False).unexpected_keys) == 0
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_split_weights_without_a_place_raise(strict, load):
+    without_bias = split_class()(stock_model(qkv_bias=False).config)
+    with pytest.raises(RuntimeError, match=r"no place for .*q\.bias"):
+        without_bias.load_state_dict(load().state_dict(), strict=strict)
+    adapted = get_peft_model(load(), LoraConfig(target_modules=["q", "v"], task_type="FEATURE_EXTRACTION"))
+    with pytest.raises(RuntimeError, match=r"no place for .*q\.weight"):
+        adapted.base_model.model.load_state_dict(load().state_dict(), strict=strict)
