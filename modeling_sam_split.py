@@ -83,9 +83,8 @@ class SamVisionAttentionSplit(SamVisionAttention):
         What would leave the projections half loaded goes to `error_msgs`, on which `load_state_dict` raises even with
         `strict=False`.
         """
-        own_keys = {f"{prefix}{name}.{kind}" for name in PROJECTIONS for kind in ("weight", "bias")} & {
-            prefix + key for key in module.state_dict()
-        }
+        places = {f"{prefix}{name}.{kind}" for name in PROJECTIONS for kind in ("weight", "bias")}
+        own_keys = places & {prefix + key for key in module.state_dict()}
         for kind in ("weight", "bias"):
             fused_key = f"{prefix}qkv.{kind}"
             if fused_key not in state_dict:
@@ -99,19 +98,12 @@ class SamVisionAttentionSplit(SamVisionAttention):
             if both := sorted(parts.keys() & state_dict.keys()):
                 error_msgs.append(f"The state dict holds {fused_key} and also {', '.join(both)}: remove one of them.")
                 return
-            if not parts.keys() <= own_keys:
-                error_msgs.append(
-                    f"There is no place for {fused_key}: if adapters wrap q, k or v, load the weights before adding "
-                    "them; if not, qkv_bias in the configuration is not the checkpoint's."
-                )
-                return
             state_dict.update(parts)
-        places = {f"{prefix}{name}.{kind}" for name in PROJECTIONS for kind in ("weight", "bias")}
-        displaced = sorted(key for key in state_dict if key in places - own_keys or key.startswith(f"{prefix}qkv."))
-        if displaced:
+        if displaced := [key for key in state_dict if key in places - own_keys or key.startswith(f"{prefix}qkv.")]:
             error_msgs.append(
-                f"There is no place for {', '.join(displaced)}: an adapter of the fused qkv does not fit q, k and v; "
-                "weights of q, k and v are to be loaded before adapters are added, with the checkpoint's own qkv_bias."
+                f"There is no place for {', '.join(displaced)}: if adapters wrap q, k or v, load the weights before "
+                "adding them; an adapter of the fused qkv does not fit them at all; and qkv_bias in the configuration "
+                "must be the checkpoint's."
             )
             return
         missing = sorted(own_keys - state_dict.keys())
