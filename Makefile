@@ -26,7 +26,8 @@ bench: .venv/newest/installed
 clean:
 	rm -rf .venv build
 
-.venv/%/installed: requirements/dev.txt requirements/%.txt
+.venv/%/installed: requirements/dev.txt requirements/no-deps.txt requirements/%.txt
 	$(PYTHON) -m venv --clear $(@D)
 	$(@D)/bin/pip install --quiet --disable-pip-version-check --requirement requirements/dev.txt --constraint requirements/$*.txt
+	$(@D)/bin/pip install --quiet --disable-pip-version-check --no-deps --requirement requirements/no-deps.txt
 	touch $@

@@ -19,10 +19,10 @@ from scipy import ndimage
 from skimage import data, filters, measure, morphology, segmentation
 from tqdm import tqdm
 from transformers import AutoModel, AutoProcessor, PreTrainedModel, SamModel, SamProcessor, set_seed
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+from staging import ROOT, split_class
 
 
-ROOT = Path(__file__).resolve().parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -41,8 +41,7 @@ def main() -> None:
     stock = load_stock(args.base)
     processor = AutoProcessor.from_pretrained(args.base)
     repo = args.output / "sam-split"
-    split_class = get_class_from_dynamic_module("modeling_sam_split.SamSplitModel", str(ROOT))
-    split_class.from_pretrained(args.base).save_pretrained(repo)
+    split_class().from_pretrained(args.base).save_pretrained(repo)
     processor.save_pretrained(repo)
     print(f"Laid out a model repo from {args.base} in {repo}.")
 

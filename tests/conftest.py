@@ -21,13 +21,12 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 from transformers import AutoModel, PreTrainedModel, SamConfig, SamImageProcessor, SamModel, SamProcessor  # noqa: E402
-from transformers.dynamic_module_utils import get_class_from_dynamic_module  # noqa: E402
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
+
+from staging import split_class  # noqa: E402
 
 
 disable_progress_bar()
-
-ROOT = Path(__file__).resolve().parent.parent
 
 # Windows that do not divide the grid (so that padding counts), one global layer, heads of 14 channels.
 TINY = {
@@ -99,13 +98,6 @@ def tiny_config(**vision) -> SamConfig:
 def stock_model(**vision) -> SamModel:
     """A stock `SamModel` with non-zero weights everywhere, in evaluation mode."""
     return randomize(SamModel(tiny_config(**vision))).eval()
-
-
-def split_class(name: str = "SamSplitModel") -> type[PreTrainedModel]:
-    """A class of this checkout, as a user without a model repo gets it."""
-    # The configuration first, as AutoModel does: transformers 5.0 would later import it a second time.
-    get_class_from_dynamic_module("configuration_sam_split.SamSplitConfig", str(ROOT))
-    return get_class_from_dynamic_module(f"modeling_sam_split.{name}", str(ROOT))
 
 
 @pytest.fixture(scope="session")

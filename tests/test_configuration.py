@@ -3,9 +3,11 @@
 import json
 
 import pytest
-from conftest import ROOT, split_class, tiny_config
+from conftest import tiny_config
 from transformers import AutoConfig, SamConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+from staging import ROOT, split_class
 
 
 @pytest.fixture

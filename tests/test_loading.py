@@ -7,14 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import (
-    assert_holds_weights_of,
-    assert_same_outputs,
-    run_python,
-    split_class,
-    stock_model,
-    tiny_config,
-)
+from conftest import assert_holds_weights_of, assert_same_outputs, run_python, stock_model, tiny_config
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -28,6 +21,8 @@ from transformers import (
     SamVisionModel,
     pipeline,
 )
+
+from staging import split_class
 
 
 @pytest.fixture

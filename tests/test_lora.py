@@ -6,10 +6,12 @@ import re
 import pytest
 import torch
 import transformers
-from conftest import assert_holds_weights_of, assert_same_outputs, randomize, split_class, stock_model
+from conftest import assert_holds_weights_of, assert_same_outputs, randomize, stock_model
 from packaging import version
 from peft import AutoPeftModelForFeatureExtraction, LoraConfig, PeftModel, get_peft_model
 from transformers import SamConfig, SamModel
+
+from staging import split_class
 
 
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": ["q", "v"], "lora_dropout": 0.1}

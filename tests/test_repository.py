@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run_python, split_class
+from conftest import run_python
 from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import SamConfig, SamImageProcessor, SamProcessor
+
+from staging import ROOT, split_class
 
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")

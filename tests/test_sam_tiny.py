@@ -1,8 +1,9 @@
 """The embedded checkpoint is a stock SAM that really segments, split or not."""
 
-from conftest import ROOT, split_class
 from train_sam_tiny import build_processor, evaluate
 from transformers import AutoImageProcessor, AutoModel, SamModel
+
+from staging import ROOT, split_class
 
 
 CHECKPOINT = ROOT / "checkpoints" / "sam-tiny"

@@ -5,10 +5,12 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT, assert_holds_weights_of, assert_same_outputs, split_class, stock_model
+from conftest import assert_holds_weights_of, assert_same_outputs, stock_model
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForMaskGeneration, SamModel, SamVisionModel
+
+from staging import ROOT, split_class
 
 
 TIED = "prompt_encoder.shared_embedding.positional_embedding"

@@ -5,9 +5,11 @@ import pickle
 
 import pytest
 import torch
-from conftest import assert_holds_weights_of, assert_same_outputs, split_class, stock_model
+from conftest import assert_holds_weights_of, assert_same_outputs, stock_model
 from peft import LoraConfig, get_peft_model
 from torch import nn
+
+from staging import split_class
 
 
 @pytest.fixture
