@@ -105,9 +105,11 @@ class TiledAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, rel_pos_h, rel_pos_w, scale, tile_bytes):
         """Returns the attended values (R, S, h, H, W, d)."""
-        ctx.save_for_backward(query, key, value, rel_pos_h, rel_pos_w)
-        ctx.scale, ctx.tile_bytes = scale, tile_bytes
         output = torch.empty_like(query)
+        qkv = torch.stack((query, key, value))  # one copy, after which the tokens of every tile need none
+        query, key, value = qkv
+        ctx.save_for_backward(qkv, rel_pos_h, rel_pos_w)
+        ctx.scale, ctx.tile_bytes = scale, tile_bytes
         for tile, (scores,) in tiles(query, tile_bytes, query.dtype):
             group, (rows, columns) = tile[:3], tile[3:]
             bias = relative_position_bias(query[tile], rel_pos_h[rows], rel_pos_w[columns], out=scores)
@@ -118,9 +120,10 @@ class TiledAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_output):
         """Returns the gradients of what `forward` took."""
+        qkv, *rel_pos = ctx.saved_tensors
         device = grad_output.device.type  # autocast's dtypes would mix with those chosen below; "meta" has none
         with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
-            return *_tiled_gradients(grad_output, ctx.scale, ctx.tile_bytes, *ctx.saved_tensors), None, None
+            return *_tiled_gradients(grad_output, ctx.scale, ctx.tile_bytes, *qkv, *rel_pos), None, None
 
 
 def _tiled_gradients(

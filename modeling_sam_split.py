@@ -116,7 +116,7 @@ class SamVisionAttentionSplit(SamVisionAttention):
         """Returns the attended `hidden_states` (B, H, W, C) and, from `eager` only, the weights (G, N, N)."""
         batch_size, height, width, _ = hidden_states.shape
         window = (self.window_size, self.window_size) if self.window_size else (height, width)
-        query, key, value = (self.project(linear, hidden_states, window) for linear in (self.q, self.k, self.v))
+        projections = (self.project(linear, hidden_states, window) for linear in (self.q, self.k, self.v))
         rel_pos = None
         if self.use_rel_pos:
             rel_pos = tuple(
@@ -124,7 +124,7 @@ class SamVisionAttentionSplit(SamVisionAttention):
                 for size, table in zip(window, (self.rel_pos_h, self.rel_pos_w), strict=True)
             )
         attention = ATTENTION_FUNCTIONS[self.config._attn_implementation]
-        attn_output, attn_weights = attention(self, query, key, value, rel_pos)
+        attn_output, attn_weights = attention(self, *projections, rel_pos)
         attn_output = merge_windows_and_heads(attn_output, batch_size)[:, :height, :width]
         return self.proj(attn_output.contiguous()), attn_weights  # a slice would make Linear slow
 
