@@ -26,7 +26,10 @@ class StockConfigMixin:
         if isinstance(config, cls):
             return config
         settings = _as_split(config.to_dict())
-        return cls.from_dict(settings, attn_implementation=config._attn_implementation)  # type: ignore[attr-defined]
+        split = cls.from_dict(settings, attn_implementation=config._attn_implementation)  # type: ignore[attr-defined]
+        for part in split.sub_configs:  # which may have one each, that no dictionary holds
+            getattr(split, part)._attn_implementation = getattr(config, part)._attn_implementation
+        return split
 
     @classmethod
     def get_config_dict(cls, *args, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -78,7 +81,7 @@ class SamSplitVisionConfig(StockConfigMixin, SamVisionConfig):
                 f"global_attn_indexes={list(self.global_attn_indexes)} names layers {beyond}, but there are only "
                 f"layers 0 to {self.num_hidden_layers - 1}: the model would have fewer global layers than asked for."
             )
-        _check_attention_implementation(self)
+        check_attention_implementation(self._attn_implementation)
 
     def to_sam(self) -> SamVisionConfig:
         """Returns the stock configuration with the same settings."""
@@ -101,7 +104,7 @@ class SamSplitConfig(StockConfigMixin, SamConfig):
         self.vision_config = SamSplitVisionConfig(
             **self.vision_config.to_dict(), attn_implementation=self.vision_config._attn_implementation
         )
-        _check_attention_implementation(self)
+        check_attention_implementation(self._attn_implementation)
 
     def to_sam(self) -> SamConfig:
         """Returns the stock configuration with the same settings."""
@@ -132,10 +135,15 @@ def _stock_settings(config: PreTrainedConfig) -> dict[str, Any]:
     return {key: value for key, value in config.to_dict().items() if key not in ours}
 
 
-def _check_attention_implementation(config: SamConfig | SamVisionConfig) -> None:
-    if config._attn_implementation not in (None, *ATTENTION_IMPLEMENTATIONS):
+def check_attention_implementation(implementation: str | None) -> None:
+    """Passes the implementations that the vision encoder has, and None for the default.
+
+    Raises:
+        ValueError: If `implementation` is another one.
+    """
+    if implementation not in (None, *ATTENTION_IMPLEMENTATIONS):
         raise ValueError(
-            f"attn_implementation={config._attn_implementation!r} is not supported: choose one of "
+            f"attn_implementation={implementation!r} is not supported: choose one of "
             f"{', '.join(map(repr, ATTENTION_IMPLEMENTATIONS))}."
         )
 

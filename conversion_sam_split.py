@@ -38,7 +38,10 @@ class SplitQKV(ConversionOps):
     @property
     def reverse_op(self) -> ConversionOps:
         """There is none: what is saved is always split."""
-        raise NotImplementedError("Split checkpoints are saved split. Use to_sam() for a stock, fused checkpoint.")
+        raise NotImplementedError(
+            "Split checkpoints are saved split: save what contains such a model with save_original_format=False, or "
+            "use to_sam() for a stock, fused checkpoint."
+        )
 
 
 class SplitQKVConverter(WeightConverter):

@@ -8,6 +8,7 @@ again.
 Shapes: B images, H x W tokens, C channels; h heads of d channels; G = B x windows x h groups of N tokens each.
 """
 
+import re
 from collections.abc import Callable, Iterable
 from itertools import chain
 from typing import Any
@@ -31,7 +32,7 @@ from transformers.models.sam.modeling_sam import (
 )
 
 from .attention_sam_split import ATTENTION_FUNCTIONS, merge_windows_and_heads, pad_to_windows, split_windows_and_heads
-from .configuration_sam_split import SamSplitConfig, SamSplitVisionConfig
+from .configuration_sam_split import SamSplitConfig, SamSplitVisionConfig, check_attention_implementation
 from .conversion_sam_split import PROJECTIONS, split_q_k_v
 
 
@@ -216,11 +217,7 @@ class SamSplitPreTrainedModel(SamPreTrainedModel):
             ValueError: If `requested_attention` is none of them.
         """
         implementation = super().get_correct_attn_implementation(requested_attention, is_init_check)
-        if implementation not in ATTENTION_FUNCTIONS:
-            raise ValueError(
-                f"attn_implementation={implementation!r} is not supported: choose one of "
-                f"{', '.join(map(repr, ATTENTION_FUNCTIONS))}."
-            )
+        check_attention_implementation(implementation)
         return implementation
 
     @classmethod
@@ -231,24 +228,38 @@ class SamSplitPreTrainedModel(SamPreTrainedModel):
             ValueError: If vision attention weights of the checkpoint are missing, superfluous or of a wrong shape.
         """
         model, loading_info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        problems = [
-            f"{problem}: {', '.join(keys)}"
-            for problem, keys in {
-                "missing": _attention_keys(loading_info["missing_keys"]),
-                "not in the model": _attention_keys(loading_info["unexpected_keys"]),
-                "of another shape": _attention_keys(key for key, *_ in loading_info["mismatched_keys"]),
-            }.items()
-            if keys
+        cls._check_attention_weights(
+            missing=loading_info["missing_keys"],
+            not_in_the_model=loading_info["unexpected_keys"],
+            of_another_shape=(key for key, *_ in loading_info["mismatched_keys"]),
+        )
+        for module in model.modules():
+            # bitsandbytes would pack 4-bit weights in evaluation on some CPUs, and then give no gradients in training.
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
+        return (model, loading_info) if output_loading_info else model
+
+    def _move_missing_keys_from_meta_to_device(self, missing_keys: list[str], *args, **kwargs) -> None:
+        # Where `from_pretrained` goes on to load an adapter, it reports on that, and no more on the base model.
+        own = re.compile(r"\.(?:[qkv]|proj)\.(?:weight|bias)$|\.rel_pos_[hw]$")
+        self._check_attention_weights(missing=filter(own.search, missing_keys))
+        super()._move_missing_keys_from_meta_to_device(missing_keys, *args, **kwargs)
+
+    @classmethod
+    def _check_attention_weights(cls, **problems: Iterable[str]) -> None:
+        told = [
+            f"{problem.replace('_', ' ')}: {', '.join(attention_keys)}"
+            for problem, keys in problems.items()
+            if (attention_keys := sorted(key for key in keys if ".attn." in key))
         ]
-        if problems:
+        if told:
             raise ValueError(
                 f"{cls.__name__} would not hold the checkpoint's vision attention weights. Expected were, in every "
                 "layer, a fused `attn.qkv` or all of `attn.q`, `attn.k`, `attn.v`, plus `attn.proj` and "
                 "`attn.rel_pos_*`, as the configuration says. Check that it is a complete SAM v1 checkpoint and that "
                 "num_hidden_layers, qkv_bias, use_rel_pos and the sizes in its config.json are its own. Weights "
-                f"{'; '.join(problems)}."
+                f"{'; '.join(told)}."
             )
-        return (model, loading_info) if output_loading_info else model
 
     def load_adapter(self, *args, **kwargs):
         """As in `PreTrainedModel`, but never with random adapter weights, as transformers 5.0 leaves them.
@@ -370,10 +381,6 @@ class SamSplitModel(SamSplitPreTrainedModel, SamModel):
         config.mask_decoder_config._attn_implementation = config._attn_implementation
         self.mask_decoder = SamMaskDecoder(config.mask_decoder_config)
         self.post_init()
-
-
-def _attention_keys(keys: Iterable[str]) -> list[str]:
-    return sorted(key for key in keys if ".attn." in key)
 
 
 __all__ = ["SamSplitModel", "SamSplitPreTrainedModel", "SamSplitVisionModel", "SamVisionAttentionSplit"]

@@ -83,3 +83,13 @@ def test_unknown_attention_raises(implementation, config_class, load):
     with pytest.raises((ValueError, ImportError), match=r"eager|support|available"):
         model.set_attn_implementation(implementation)
     assert model.config.vision_config._attn_implementation == "sdpa"
+
+
+def test_each_part_keeps_its_attention(split_dir, load, stock, inputs):
+    config = AutoConfig.from_pretrained(split_dir, trust_remote_code=True)
+    implementations = {"": "sdpa", "vision_config": "eager"}
+    model = load(attn_implementation=implementations)
+    assert model.vision_encoder.config._attn_implementation == "eager"
+    assert model.config._attn_implementation == "sdpa"
+    config.vision_config._attn_implementation = "eager"
+    assert type(model)(config).vision_encoder.config._attn_implementation == "eager"

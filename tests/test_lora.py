@@ -2,6 +2,7 @@
 
 import copy
 import re
+import shutil
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ import transformers
 from conftest import assert_holds_weights_of, assert_same_outputs, randomize, stock_model
 from packaging import version
 from peft import AutoPeftModelForFeatureExtraction, LoraConfig, PeftModel, get_peft_model
-from transformers import SamConfig, SamModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, BitsAndBytesConfig, SamConfig, SamModel
 
 from staging import split_class
 
@@ -130,6 +132,19 @@ def test_add_adapter(load, inputs, tmp_path):
         assert_same_outputs(model(**inputs), plain)
 
 
+def test_base_of_an_adapter_must_be_complete(adapted, split_dir, tmp_path):
+    """Of which transformers reports only the adapter's keys."""
+    base = tmp_path / "base"
+    shutil.copytree(split_dir, base)
+    weights = load_file(base / "model.safetensors")
+    del weights["vision_encoder.layers.1.attn.k.weight"]
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    adapted.peft_config["default"].base_model_name_or_path = str(base)
+    adapted.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=re.escape("layers.1.attn.k.weight")):
+        AutoModel.from_pretrained(tmp_path / "adapter", trust_remote_code=True)
+
+
 def test_load_adapter(adapted, load, inputs, tmp_path):
     adapted.save_pretrained(tmp_path)
     model = load()
@@ -171,11 +186,24 @@ def test_to_sam_refuses_adapters(targets, load):
 
 def test_to_sam_refuses_quantized_weights(load):
     pytest.importorskip("bitsandbytes")
-    from transformers import BitsAndBytesConfig
-
     model = load(quantization_config=BitsAndBytesConfig(load_in_4bit=True))
     with pytest.raises(ValueError, match=re.escape("dequantize()")):
         model.to_sam()
+
+
+def test_4bit_gradients_after_evaluation(tmp_path):
+    """bitsandbytes packs weights in evaluation on CPUs that have AVX512-BF16, and lets no gradients through these."""
+    pytest.importorskip("bitsandbytes")
+    stock_model(hidden_size=64).save_pretrained(tmp_path)
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    model = split_class("SamSplitVisionModel").from_pretrained(tmp_path, quantization_config=quantization).eval()
+    pixel_values = torch.randn(1, 3, 64, 64, requires_grad=True)
+    (expected,) = torch.autograd.grad(model(pixel_values).last_hidden_state.sum(), pixel_values)
+    with torch.no_grad():
+        model(pixel_values.detach())
+    for mode in (False, True):
+        (actual,) = torch.autograd.grad(model.train(mode)(pixel_values).last_hidden_state.sum(), pixel_values)
+        torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("vision", [{}, {"qkv_bias": False}], ids=str)
