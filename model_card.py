@@ -15,11 +15,12 @@ PLACEHOLDER = "<user>/sam-vit-base-split"
 CHECKPOINT = """\
 ## This checkpoint
 
-The weights of {base}, split: {num_parameters:,} parameters, of which {num_vision_parameters:,} are the vision encoder's.
-On a fixed image and point its outputs differ from stock `SamModel`'s by {max_difference:.0e} of the largest at most.
+The weights of {base}, split: {num_parameters:,} parameters, of which
+{num_vision_parameters:,} are in the vision encoder. On a fixed image and point its outputs differ from stock
+`SamModel`'s by {max_difference:.0e} of the largest at most.
 
-Loading it runs the `*_sam_split.py` files of this repo on your machine. Read them, and pin the commit that you read (it
-is under "Files and versions"):
+Loading it runs the `*_sam_split.py` files of this repo on your machine. Read them, and pin the commit that you read,
+which "Files and versions" names:
 
 ```python
 model = AutoModel.from_pretrained("{repo_id}", revision="<commit>", trust_remote_code=True)

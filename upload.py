@@ -29,6 +29,7 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError
 from transformers import SamProcessor
+from transformers.utils.logging import disable_progress_bar
 
 from model_card import model_card
 from staging import ROOT, fetch, split_class, staged
@@ -50,6 +51,7 @@ FILES = (
 
 def main() -> None:
     args = parse_args()
+    disable_progress_bar()  # of loading and saving; uploads show theirs
     try:
         upload(args)
     except KeyboardInterrupt:
@@ -82,6 +84,8 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if not args.output and not args.repo_id:
         parser.error("give --output to stage a model repo, --repo-id to push one, or both")
+    if args.repo_id and args.repo_id.count("/") != 1:
+        parser.error(f"--repo-id {args.repo_id}: expected was USER/NAME")
     return args
 
 
@@ -102,13 +106,12 @@ def upload(args: argparse.Namespace) -> None:
             (folder / "README.md").write_text(model_card(repo_id, args.base, base, figures), encoding="utf-8")
             check_staged(folder)
         print(
-            f"All {figures['num_parameters']:,} parameters are the base's, and outputs differ from stock SamModel's by "
-            f"{figures['max_difference']:.0e} of the largest at most."
+            f"Its {figures['num_parameters']:,} parameters are the base's, and its outputs differ from stock SamModel's "
+            f"by {figures['max_difference']:.0e} of the largest at most."
         )
-        if args.output or args.dry_run:
-            print(f"{'Would push' if args.dry_run and args.repo_id else 'Staged'} in {args.output or 'a new repo'}:")
-            for path in sorted(output.iterdir()):
-                print(f"{path.stat().st_size:>14,} {path.name}")
+        print(f"Would push to {args.repo_id}:" if args.dry_run else f"Staged {repo_id}:")
+        for path in sorted(output.iterdir()):
+            print(f"{path.stat().st_size:>14,}  {path.name}")
         if pushes:
             push(api, args, output, head, base, token)
 
@@ -279,6 +282,8 @@ def commit_files(api: HfApi, args: argparse.Namespace, folder: Path, head: str |
         head = api.model_info(args.repo_id, revision=args.revision).sha
     files = {path.name: path for path in sorted(folder.iterdir())}
     there = api.list_repo_files(args.repo_id, revision=head)
+    if "adapter_config.json" in there:
+        raise ValueError(f"{args.repo_id} holds an adapter, which would be loaded on top: choose another repo.")
     return api.create_commit(
         args.repo_id,
         [CommitOperationAdd(name, path) for name, path in files.items()]
@@ -292,21 +297,19 @@ def commit_files(api: HfApi, args: argparse.Namespace, folder: Path, head: str |
 
 def explain(error: Exception, repo_id: str) -> str:
     """Returns what an error of the Hub means for a push, and what to do."""
-    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     reasons = {
         401: "The Hub does not know the token: make another on its settings page, and run `hf auth login`.",
         403: f"The token may not write to {repo_id}: choose a repo of yours, a token that may, or --create-pr.",
         404: f"{repo_id} is not there, or not for this token: choose a repo of yours, or a token that may write.",
-        409: f"{repo_id} was made by somebody else meanwhile, or is no model: choose another name.",
+        409: f"{repo_id} is taken, by a dataset, a Space or somebody who was faster: choose another name.",
         412: f"Somebody pushed to {repo_id} meanwhile: look at their commit, and run again to push over it.",
-        429: "The Hub's rate limit is reached: wait for a while and run again.",
+        429: "The Hub's rate limit is reached: wait for a while, and run again.",
     }
-    if status in reasons:
-        return f"{reasons[status]} ({one_line(error)})"
-    return (
-        f"The connection to the Hub was lost: run the same command again; what was sent already is not sent again. "
-        f"({one_line(error)})"
-    )
+    if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
+        reason = reasons.get(error.response.status_code, "The Hub refused.")
+    else:
+        reason = "The connection to the Hub was lost: run the same command again; what was sent is not sent again."
+    return f"{reason} ({one_line(error)})"
 
 
 def one_line(message: object) -> str:

@@ -1,4 +1,4 @@
-"""A Hub on this machine: repos with commits, branches and pull requests, behind the routes that the real client uses."""
+"""A Hub on this machine: repos with commits, branches and pull requests, behind the routes that the client uses."""
 
 import base64
 import hashlib
