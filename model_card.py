@@ -10,6 +10,7 @@ from staging import ROOT
 
 
 SECTIONS = ("Quick start", "LoRA", "Back to stock", "What differs from `SamModel`", "Supported versions", "Limits")
+STAYS_HERE = (r" \(`demo\.py`[^)]*\)", r"\n\nThe full pins are in `requirements/`\.")
 PLACEHOLDER = "<user>/sam-vit-base-split"
 
 CHECKPOINT = """\
@@ -57,7 +58,8 @@ def model_card(repo_id: str, base: str, folder: Path, figures: dict[str, Any]) -
     by_heading = {section.partition("\n")[0].removeprefix("## "): section for section in sections}
     checkpoint = CHECKPOINT.format(repo_id=repo_id, base=name, licence=licence, **figures)
     text = "".join([introduction, checkpoint, *(by_heading[heading] for heading in SECTIONS)])
-    text = re.sub(r" \(`demo\.py`[^)]*\)", "", text)  # which stays here
+    for pattern in STAYS_HERE:
+        text = re.sub(pattern, "", text)
     card.text = text.replace(PLACEHOLDER, repo_id).rstrip() + "\n"
     return str(card)
 

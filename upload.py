@@ -29,7 +29,7 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError
 from transformers import SamProcessor
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils import logging
 
 from model_card import model_card
 from staging import ROOT, fetch, split_class, staged
@@ -51,7 +51,6 @@ FILES = (
 
 def main() -> None:
     args = parse_args()
-    disable_progress_bar()  # of loading and saving; uploads show theirs
     try:
         upload(args)
     except KeyboardInterrupt:
@@ -106,8 +105,8 @@ def upload(args: argparse.Namespace) -> None:
             (folder / "README.md").write_text(model_card(repo_id, args.base, base, figures), encoding="utf-8")
             check_staged(folder)
         print(
-            f"Its {figures['num_parameters']:,} parameters are the base's, and its outputs differ from stock SamModel's "
-            f"by {figures['max_difference']:.0e} of the largest at most."
+            f"Its {figures['num_parameters']:,} parameters are the base's, and its outputs differ from stock "
+            f"SamModel's by {figures['max_difference']:.0e} of the largest at most."
         )
         print(f"Would push to {args.repo_id}:" if args.dry_run else f"Staged {repo_id}:")
         for path in sorted(output.iterdir()):
@@ -120,7 +119,7 @@ def read_token(path: Path | None) -> str | None:
     """Returns the token in the file `path`, else the one that the machine is logged in with, if it is."""
     token = path.read_text(encoding="utf-8").strip() if path else get_token()
     if token is not None and not re.fullmatch(r"[!-~]+", token):  # else errors about the request would show it
-        raise ValueError(f"What {path or 'HF_TOKEN'} holds is not a token: it should be one word, such as hf_...")
+        raise ValueError(f"What {path or 'HF_TOKEN'} holds is not a token, which is one word")
     return token
 
 
@@ -153,7 +152,10 @@ def fetch_base(base: str, revision: str | None, token: str | None) -> Path:
             f"{base} has no config.json: a SAM v1 checkpoint was expected, as save_pretrained writes it. An adapter "
             "must be merged first: merge_and_unload(), then save_pretrained()."
         )
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"The config.json of {base} is not JSON: {error}") from error
     if config.get("model_type") not in ("sam", "sam_split"):
         raise ValueError(f"{base} is a '{config.get('model_type')}' model, and SAM v1 ('sam', 'sam_split') is needed.")
     if "quantization_config" in config or (folder / "adapter_config.json").is_file():
@@ -167,8 +169,9 @@ def stage(base: Path, folder: Path, max_shard_size: str) -> None:
     Raises:
         ValueError: If `base` is not a whole SAM.
     """
-    model, loading_info = split_class().from_pretrained(base, output_loading_info=True)
-    if problems := [f"{problem}: {one_line(keys)}" for problem, keys in loading_info.items() if keys]:
+    # Shapes that do not fit are then told with all else that is wrong.
+    model, loading_info = split_class().from_pretrained(base, output_loading_info=True, ignore_mismatched_sizes=True)
+    if problems := [f"{problem}: {', '.join(map(str, keys))}" for problem, keys in loading_info.items() if keys]:
         raise ValueError(f"{base.name} does not hold the weights of a SAM v1, but has {'; '.join(problems)}.")
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     try:
@@ -305,6 +308,8 @@ def explain(error: Exception, repo_id: str) -> str:
         412: f"Somebody pushed to {repo_id} meanwhile: look at their commit, and run again to push over it.",
         429: "The Hub's rate limit is reached: wait for a while, and run again.",
     }
+    if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # of "Error while uploading ..."
     if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
         reason = reasons.get(error.response.status_code, "The Hub refused.")
     else:
@@ -317,4 +322,6 @@ def one_line(message: object) -> str:
 
 
 if __name__ == "__main__":
+    logging.disable_progress_bar()  # of loading and saving; uploads show theirs
+    logging.set_verbosity_error()  # what is wrong with a base is told in one line
     main()

@@ -44,13 +44,13 @@ class Repo:
 
 @dataclass
 class Fault:
-    """What goes wrong with the next request that matches, once."""
+    """What goes wrong with requests that match."""
 
     method: str
     path: str  # regular expression
-    status: int | None = None  # None cuts the connection
+    status: int | None = None  # of the answer; None cuts the connection in the middle of the request
     headers: dict[str, str] = field(default_factory=dict)
-    before: Callable[[], object] = lambda: None  # what somebody else does just then
+    times: int = 1
 
 
 class HubError(Exception):
@@ -110,22 +110,20 @@ class Handler(BaseHTTPRequestHandler):
         self.query = {name: values[0] for name, values in parse_qs(url.query).items()}
         self.token = (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
         path = url.path
+        length = int(self.headers.get("Content-Length") or 0)
         with hub.lock:
             hub.requests.append(f"{self.command} {unquote(path)}")
             fault = next((f for f in hub.faults if f.method == self.command and re.search(f.path, path)), None)
             if fault:
-                hub.faults.remove(fault)
-        length = int(self.headers.get("Content-Length") or 0)
-        if fault:
-            fault.before()
-            if fault.status is None:
-                self.rfile.read(length // 2)
-                self.close_connection = True
-                self.connection.close()
-                return
+                fault.times -= 1
+                hub.faults = [fault for fault in hub.faults if fault.times]
+        if fault and fault.status is None:
+            self.rfile.read(length // 2)
+            self.close_connection = True
+            return
         self.body = self.read_body(length)
         try:
-            if fault and fault.status and fault.status != 200:
+            if fault and fault.status:
                 raise HubError(fault.status, "injected", **fault.headers)
             if self.token and self.token not in hub.users:
                 raise HubError(401, "Invalid credentials in Authorization header")
