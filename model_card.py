@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CardData, ModelCard
+from yaml import YAMLError
 
 from staging import ROOT
 
@@ -18,7 +19,7 @@ CHECKPOINT = """\
 
 The weights of {base}, split: {num_parameters:,} parameters, of which
 {num_vision_parameters:,} are in the vision encoder. On a fixed image and point its outputs differ from stock
-`SamModel`'s by {max_difference:.0e} of the largest at most.
+`SamModel`'s by {max_difference:.1g} of the largest at most.
 
 Loading it runs the `*_sam_split.py` files of this repo on your machine. Read them, and pin the commit that you read,
 which "Files and versions" names:
@@ -65,6 +66,13 @@ def model_card(repo_id: str, base: str, folder: Path, figures: dict[str, Any]) -
 
 
 def card_data(folder: Path) -> CardData:
-    """Returns the metadata of the card in `folder`, empty if there is none."""
+    """Returns the metadata of the card in `folder`, empty if there is none.
+
+    Raises:
+        ValueError: If they cannot be read, and so neither the licence.
+    """
     path = folder / "README.md"
-    return ModelCard.load(path).data if path.is_file() else CardData()
+    try:
+        return ModelCard.load(path).data if path.is_file() else CardData()
+    except (ValueError, YAMLError) as error:
+        raise ValueError(f"The metadata of the base's README.md cannot be read: {error}") from error

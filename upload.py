@@ -85,6 +85,8 @@ def parse_args() -> argparse.Namespace:
         parser.error("give --output to stage a model repo, --repo-id to push one, or both")
     if args.repo_id and args.repo_id.count("/") != 1:
         parser.error(f"--repo-id {args.repo_id}: expected was USER/NAME")
+    if args.dry_run and not args.repo_id:
+        parser.error("--dry-run needs the --repo-id that would be pushed to; --output alone pushes nothing")
     return args
 
 
@@ -97,6 +99,8 @@ def upload(args: argparse.Namespace) -> None:
     base = fetch_base(args.base, args.base_revision, token)
     with tempfile.TemporaryDirectory(prefix="sam-split-") as temporary:
         output = args.output or Path(temporary, "model")
+        if base.is_relative_to(output.resolve()):
+            raise ValueError(f"{output} holds the base, which would be lost: choose another --output.")
         with staged(output, args.force) as folder:
             stage(base, folder, args.max_shard_size)
             print("Verifying it in a process of its own ...", flush=True)
@@ -106,7 +110,7 @@ def upload(args: argparse.Namespace) -> None:
             check_staged(folder)
         print(
             f"Its {figures['num_parameters']:,} parameters are the base's, and its outputs differ from stock "
-            f"SamModel's by {figures['max_difference']:.0e} of the largest at most."
+            f"SamModel's by {figures['max_difference']:.1g} of the largest at most."
         )
         print(f"Would push to {args.repo_id}:" if args.dry_run else f"Staged {repo_id}:")
         for path in sorted(output.iterdir()):
@@ -170,7 +174,9 @@ def stage(base: Path, folder: Path, max_shard_size: str) -> None:
         ValueError: If `base` is not a whole SAM.
     """
     # Shapes that do not fit are then told with all else that is wrong.
-    model, loading_info = split_class().from_pretrained(base, output_loading_info=True, ignore_mismatched_sizes=True)
+    model, loading_info = split_class().from_pretrained(
+        base, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
+    )
     if problems := [f"{problem}: {', '.join(map(str, keys))}" for problem, keys in loading_info.items() if keys]:
         raise ValueError(f"{base.name} does not hold the weights of a SAM v1, but has {'; '.join(problems)}.")
     model.save_pretrained(folder, max_shard_size=max_shard_size)
@@ -223,8 +229,8 @@ def run_verify(repo: str, base: Path, revision: str | None = None, token: str | 
             check=False,
         )
     if process.returncode:
-        reason = process.stderr.strip().splitlines()[-1:] or [f"it ended with {process.returncode}."]
-        raise ValueError(f"Verification failed: {reason[0]}")
+        reason, *_ = process.stderr.strip().splitlines()[-1:] or [f"it ended with {process.returncode}."]
+        raise ValueError(f"Verification failed: {reason.removeprefix('Verification failed: ')}")
     return json.loads(process.stdout)
 
 
@@ -279,7 +285,7 @@ def commit_files(api: HfApi, args: argparse.Namespace, folder: Path, head: str |
     """Makes the repo and the branch where there is none, and commits all of `folder` at once."""
     if head is None:
         if not api.repo_exists(args.repo_id):
-            api.create_repo(args.repo_id, private=args.private)
+            api.create_repo(args.repo_id, private=args.private or None)
         if args.revision:
             api.create_branch(args.repo_id, branch=args.revision)
         head = api.model_info(args.repo_id, revision=args.revision).sha

@@ -42,7 +42,7 @@ def main() -> None:
         SafetensorError,
         pickle.UnpicklingError,
     ) as error:
-        sys.exit(f"{args.repo} is not what it should be: {' '.join(str(error).split())}")
+        sys.exit(f"Verification failed: {' '.join(str(error).split())}")
 
 
 def parse_args() -> argparse.Namespace:
@@ -100,18 +100,22 @@ def run(model: PreTrainedModel, processor: SamProcessor) -> Mapping[str, torch.T
 def stock_model(base: Path) -> PreTrainedModel:
     """Returns stock `SamModel` in fp32; where `base` is split, with its projections fused."""
     weights = Weights(base)
-    if not any(".attn.q." in name for name in weights):
-        return SamModel.from_pretrained(base, dtype=torch.float32)
     settings = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    if settings["model_type"] == "sam" and not any(".attn.q." in name for name in weights):
+        return SamModel.from_pretrained(base, dtype=torch.float32)
     vision = {**settings["vision_config"], "model_type": "sam_vision_model"}
     config = SamConfig.from_dict({**settings, "model_type": "sam", "vision_config": vision, "dtype": "float32"})
     with torch.device("meta"):
         model = SamModel(config)
-    tied = {name: next(other for other in TIED if other in weights) for name in TIED}
     state_dict = {}
     for name in model.state_dict():
-        parts = [name.replace(".attn.qkv.", f".attn.{part}.") for part in "qkv"] if ".attn.qkv." in name else [name]
-        state_dict[name] = torch.cat([weights[tied.get(part, part)].float() for part in parts])
+        if name in weights:
+            parts = [name]
+        elif name in TIED:
+            parts = [other for other in TIED if other in weights]
+        else:
+            parts = [name.replace(".attn.qkv.", f".attn.{part}.") for part in "qkv"]
+        state_dict[name] = torch.cat([weights[part].float() for part in parts])
     model.load_state_dict(state_dict, assign=True)
     model.tie_weights()
     return model

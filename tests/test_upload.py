@@ -104,12 +104,17 @@ def split(base: Path, path: Path) -> None:
         (path / file).write_text("raise RuntimeError('code of the base was run')")
 
 
+def fused_with_split_configuration(base: Path, path: Path) -> None:
+    split_class().from_pretrained(base).save_pretrained(path)
+    shutil.copy(base / "model.safetensors", path)
+
+
 def split_in_half_precision(base: Path, path: Path) -> None:
     split_class().from_pretrained(base, dtype=torch.bfloat16).save_pretrained(path)
 
 
 @pytest.mark.parametrize(
-    "make", [None, sharded, pickled, split, split_in_half_precision], ids=lambda make: str(make and make.__name__)
+    "make", [None, sharded, pickled, split, fused_with_split_configuration, split_in_half_precision]
 )
 def test_staged_from(make, base: Path, tmp_path: Path) -> None:
     """From every kind of base come its weights and this checkout's code, and `verify` finds no fault with it."""
@@ -123,6 +128,8 @@ def test_staged_from(make, base: Path, tmp_path: Path) -> None:
     output.mkdir()
     upload.stage(folder, output, "5GB")
     assert {path.name for path in output.iterdir()} == FILES - {"README.md"}
+    dtype = torch.bfloat16 if make is split_in_half_precision else torch.float32
+    assert {tensor.dtype for tensor in load_file(output / "model.safetensors").values()} == {dtype}
     assert all((output / name).read_bytes() == (ROOT / name).read_bytes() for name in CODE)
     figures = verify.verify(str(output), folder)
     assert figures["num_parameters"] == stock_model().num_parameters()
@@ -296,6 +303,9 @@ def test_staging_alone(base: Path, run, verified: list, tmp_path: Path, monkeypa
     assert "config.json" in output
     assert "not empty" in run("--base", base, "--output", "new/sam", fails=True)
     run("--base", base, "--output", "new/sam", "--force")
+    shutil.copytree(base, tmp_path / "holds" / "base")
+    assert "would be lost" in run("--base", "holds/base", "--output", "holds", "--force", fails=True)
+    assert (tmp_path / "holds" / "base" / "model.safetensors").exists()
     texts = [path.read_text() for path in (tmp_path / "new" / "sam").iterdir() if path.suffix in (".json", ".md")]
     assert not any(str(place) in text for place in (tmp_path, base.parent, ROOT) for text in texts)
 
@@ -337,6 +347,12 @@ def test_card_names_nothing_that_stays_here(base: Path) -> None:
     assert str(base.parent) not in text
     names = set(re.findall(r"`[\w/]+\.(?:py|md|json|txt)`|make \w+|`\w+/`", text))
     assert names <= {f"`{name}`" for name in FILES}
+
+
+def test_card_of_the_base_is_unreadable(base: Path, run, verified: list, tmp_path: Path) -> None:
+    folder = shutil.copytree(base, tmp_path / "made")
+    (folder / "README.md").write_text("---\nlicense: [\n---\n")
+    assert "base's README.md cannot be read" in run("--base", folder, "--output", tmp_path / "sam", fails=True)
 
 
 # --- pushing
