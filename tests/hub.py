@@ -315,7 +315,7 @@ class Server(ThreadingHTTPServer):
 @contextmanager
 def serve() -> Iterator[Server]:
     server = Server()
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     yield server
     server.shutdown()
