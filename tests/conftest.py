@@ -176,6 +176,13 @@ def configure(path: Path, name: str, value: object) -> None:
     (path / "config.json").write_text(json.dumps({**config, name: value}))
 
 
+class Malicious:
+    """Ends the process if it is unpickled without care."""
+
+    def __reduce__(self) -> tuple:
+        return exec, ("raise SystemExit('code of a pickle was run')",)
+
+
 def run_python(code: str, *, expect_failure: bool = False) -> str:
     """Runs `code` in a fresh interpreter, with this one's caches, and returns what it prints."""
     process = subprocess.run(

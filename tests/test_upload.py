@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import configure, rewrite, stock_model
+from conftest import Malicious, configure, rewrite, stock_model
 from hub import Fault, File, Hub, serve
 from huggingface_hub import constants
+from safetensors.torch import load_file
 from transformers import BertConfig, BertModel, SamVisionModel
 
 import upload
@@ -99,11 +100,6 @@ def test_failed_verification_pushes_nothing(
 POSITIONS = "shared_image_embedding.positional_embedding"
 
 
-class Malicious:
-    def __reduce__(self) -> tuple:
-        return exec, ("raise SystemExit('code of a pickle was run')",)
-
-
 def with_pickle(content: object) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         (folder / "model.safetensors").unlink()
@@ -131,7 +127,7 @@ def tiny_bert() -> BertModel:
         (replaced_by(lambda: SamVisionModel(stock_model().config.vision_config)), "'sam_vision_model' model"),
         (lambda folder: (folder / "config.json").unlink(), "no config.json: .* An adapter must be merged"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json"),
-        (lambda folder: (folder / "adapter_config.json").write_text("{}"), "adapter"),
+        (lambda folder: (folder / "adapter_config.json").write_text("{}"), "holds an adapter"),
         (lambda folder: configure(folder, "quantization_config", {"quant_method": "bitsandbytes"}), "quantized"),
         (lambda folder: (folder / "processor_config.json").unlink(), "no processor"),
         (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors"),
@@ -300,6 +296,17 @@ def test_no_such_base(name: str, problem: str, hub: Hub, run, base_dir: Path, tm
     assert problem in run("--base", name, "--output", tmp_path / "sam", fails=True)
 
 
+def test_pickled_private_base_on_the_hub(hub: Hub, run, base_dir: Path, verified: list, tmp_path: Path, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    (tmp_path / "token").write_text("hf_writer")
+    folder = shutil.copytree(base_dir, tmp_path / "made")
+    with_pickle(load_file(folder / "model.safetensors"))(folder)
+    hub.add("user/pickled", folder, private=True)
+    assert "a token is needed" in run("--base", "user/pickled", "--output", tmp_path / "sam", fails=True)
+    run("--base", "user/pickled", "--output", tmp_path / "sam", "--token-file", tmp_path / "token")
+    assert {path.name for path in (tmp_path / "sam").iterdir()} == FILES
+
+
 def test_no_such_base_revision(hub: Hub, run, base_dir: Path, tmp_path: Path) -> None:
     hub.add("user/sam", base_dir)
     message = run("--base", "user/sam", "--base-revision", "old", "--output", tmp_path / "sam", fails=True)
@@ -350,6 +357,7 @@ def test_passing_fault(fault: Fault, hub: Hub, push, verified: list, no_waiting:
         (Fault("POST", "/objects/batch", 403), "may not write"),
         (Fault("POST", "/preupload/", 429, times=-1), "rate limit is reached"),
         (Fault("PUT", "/lfs/", None, times=-1), "connection to the Hub was lost: run the same command again"),
+        (Fault("PUT", "/lfs/", 403), "may not write"),
         (Fault("POST", "/commit/", None), "connection to the Hub was lost: run the same command again"),
         (Fault("POST", "/commit/", 409), "user/sam is taken"),
         (Fault("POST", "/commit/", 418), "The Hub refused"),

@@ -1,13 +1,14 @@
 """What is staged is the base and this checkout's code, and nothing else; and what is not is found."""
 
 import json
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import configure, rewrite, stock_model
+from conftest import Malicious, configure, rewrite, stock_model
 from safetensors.torch import load_file
 
 import upload
@@ -150,3 +151,9 @@ def test_staged_files_are_checked(spoil, problem: str, staged_dir: Path, tmp_pat
     spoil(folder)
     with pytest.raises(ValueError, match=problem):
         upload.check_staged(folder)
+
+
+def test_no_code_of_pickles_is_run(tmp_path: Path) -> None:
+    torch.save(Malicious(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(pickle.UnpicklingError):
+        verify.Weights(tmp_path)
