@@ -36,11 +36,12 @@ from staging import ROOT, fetch, split_class, staged
 from verify import check_card
 
 
-# All that a model repo of ours consists of. What a repo on the Hub has of these from an earlier push is replaced.
+# All that a model repo of ours may consist of. What a repo on the Hub has of these from an earlier push is replaced.
 FILES = (
     "README.md",
     "LICENSE",
     "config.json",
+    "preprocessor_config.json",
     "processor_config.json",
     "model.safetensors",
     "model.safetensors.index.json",
@@ -55,12 +56,11 @@ def main() -> None:
         upload(args)
     except KeyboardInterrupt:
         sys.exit("Interrupted. Run the same command again: what was sent already is not sent again.")
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            sys.exit(one_line(error))
-        sys.exit("No space left on the disk: choose another with --output, TMPDIR or HF_HOME, and run again.")
-    except (ValueError, RuntimeError, HTTPError, SafetensorError, pickle.UnpicklingError) as error:
-        sys.exit(one_line(error))
+    except (OSError, ValueError, RuntimeError, HTTPError, SafetensorError, pickle.UnpicklingError) as error:
+        message = one_line(error)
+        if os.strerror(errno.ENOSPC) in message:  # of whatever type: safetensors has its own
+            message = "No space left on the disk: choose another with --output, TMPDIR or HF_HOME, and run again."
+        sys.exit(message)
 
 
 def parse_args() -> argparse.Namespace:
@@ -112,7 +112,7 @@ def upload(args: argparse.Namespace) -> None:
             f"Its {figures['num_parameters']:,} parameters are the base's, and its outputs differ from stock "
             f"SamModel's by {figures['max_difference']:.1g} of the largest at most."
         )
-        print(f"Would push to {args.repo_id}:" if args.dry_run else f"Staged {repo_id}:")
+        print(f"Would push to {args.repo_id}:" if args.dry_run else "Staged:")
         for path in sorted(output.iterdir()):
             print(f"{path.stat().st_size:>14,}  {path.name}")
         if pushes:
@@ -145,8 +145,6 @@ def fetch_base(base: str, revision: str | None, token: str | None) -> Path:
             "check --base, or try --base checkpoints/sam-tiny."
         ) from error
     except (OSError, HTTPError) as error:
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise
         raise ValueError(
             f"{base} is not a folder, and could not be had from the Hub: try --base checkpoints/sam-tiny, which is "
             f"here. ({one_line(error.__cause__ or error)})"
@@ -214,15 +212,12 @@ def run_verify(repo: str, base: Path, revision: str | None = None, token: str | 
         ValueError: If a check fails.
     """
     with tempfile.TemporaryDirectory(prefix="sam-split-verify-") as home:
-        environment = {
-            **os.environ,
-            **{"HF_HOME": home, "HF_HUB_CACHE": f"{home}/hub", "HF_MODULES_CACHE": f"{home}/modules"},
-            **{"HF_HUB_OFFLINE": "0" if revision else "1", "HF_TOKEN": token or ""},
-        }
+        caches = {"HF_HOME": home, "HF_HUB_CACHE": f"{home}/hub", "HF_MODULES_CACHE": f"{home}/modules"}
+        network = {"HF_HUB_OFFLINE": "0" if revision else "1", "HF_TOKEN": token or ""}
         command = [sys.executable, str(ROOT / "verify.py"), repo, "--base", str(base)]
         process = subprocess.run(
             command + (["--revision", revision] if revision else []),
-            env=environment,
+            env={**os.environ, **caches, **network},
             cwd=home,
             capture_output=True,
             text=True,
@@ -297,7 +292,7 @@ def commit_files(api: HfApi, args: argparse.Namespace, folder: Path, head: str |
         args.repo_id,
         [CommitOperationAdd(name, path) for name, path in files.items()]
         + [CommitOperationDelete(name) for name in there if is_ours(name) and name not in files],
-        commit_message=args.commit_message or f"Split {Path(args.base).name}",
+        commit_message=args.commit_message or f"Split {Path(args.base).resolve().name}",
         revision=args.revision,
         create_pr=args.create_pr,
         parent_commit=head,

@@ -23,7 +23,7 @@ from transformers import AutoModel, AutoProcessor, PreTrainedModel, SamConfig, S
 from staging import fetch
 
 
-TOLERANCE = 1e-5  # of the largest output; other kernels round otherwise
+TOLERANCE = 1e-4  # of the largest output, as deep models round differently; weights are compared exactly
 TIED = ("shared_image_embedding.positional_embedding", "prompt_encoder.shared_embedding.positional_embedding")
 TAGS = {"segment-anything", "peft", "lora", "custom_code"}
 

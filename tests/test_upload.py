@@ -12,6 +12,7 @@ import torch
 from conftest import Malicious, configure, rewrite, stock_model
 from hub import Fault, File, Hub, serve
 from huggingface_hub import constants
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import BertConfig, BertModel, SamVisionModel
 
@@ -171,9 +172,16 @@ def test_staging_alone(base_dir: Path, run, verified: list, tmp_path: Path, monk
     assert not any(str(place) in text for place in (tmp_path, base_dir.parent, ROOT) for text in texts)
 
 
-def test_no_space(base_dir: Path, run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_no_space(error, base_dir: Path, run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def full(*args) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise error
 
     monkeypatch.setattr(upload, "stage", full)
     assert "No space left on the disk: choose another" in run(
