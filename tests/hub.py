@@ -121,7 +121,7 @@ class Handler(BaseHTTPRequestHandler):
             self.rfile.read(length // 2)
             self.close_connection = True
             return
-        self.body = self.read_body(length)
+        self.body = self.rfile.read(length)
         try:
             if fault and fault.status:
                 raise HubError(fault.status, "injected", **fault.headers)
@@ -138,16 +138,6 @@ class Handler(BaseHTTPRequestHandler):
             self.reply({"error": str(error)}, error.status, error.headers)
 
     do_GET = do_HEAD = do_POST = do_PUT = handle_any
-
-    def read_body(self, length: int) -> bytes:
-        if self.headers.get("Transfer-Encoding") != "chunked":
-            return self.rfile.read(length)
-        body = b""
-        while size := int(self.rfile.readline(), 16):
-            body += self.rfile.read(size)
-            self.rfile.readline()
-        self.rfile.readline()
-        return body
 
     def reply(self, content: object, status: int = 200, headers: dict[str, str] | None = None) -> None:
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
