@@ -1,10 +1,11 @@
-"""What the command-line tools share: this checkout's classes, and folders that are written whole or not at all."""
+"""What the command-line tools share: this checkout's classes, checkpoints, and folders written whole or not at all."""
 
 import contextlib
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from huggingface_hub import snapshot_download
 from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
@@ -46,3 +47,18 @@ def staged(destination: Path, force: bool = False) -> Iterator[Path]:
             if replaced.exists():
                 replaced.rename(destination)
             raise
+
+
+def fetch(checkpoint: str, revision: str | None = None, token: str | None = None) -> Path:
+    """Returns the folder `checkpoint`, or the one into which the model repo of this name is downloaded.
+
+    Of the repo come the weights (safetensors where it has them), and the files that say what they are.
+    """
+    if Path(checkpoint).is_dir():
+        return Path(checkpoint).resolve()
+
+    def download(*patterns: str) -> Path:
+        return Path(snapshot_download(checkpoint, revision=revision, token=token, allow_patterns=list(patterns)))
+
+    folder = download("*.json", "model*.safetensors", "*.py", "README.md")
+    return folder if any(folder.glob("model*.safetensors")) else download("pytorch_model*.bin")

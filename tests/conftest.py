@@ -1,7 +1,9 @@
 """Tiny seeded models, the stock model as oracle, and a guard that nothing leaves the machine or is logged unseen."""
 
+import json
 import logging
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -19,6 +21,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # threads only slow such tiny models down
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 from torch import nn  # noqa: E402
 from transformers import AutoModel, PreTrainedModel, SamConfig, SamImageProcessor, SamModel, SamProcessor  # noqa: E402
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
@@ -127,6 +130,14 @@ def processor() -> SamProcessor:
 
 
 @pytest.fixture(scope="session")
+def base_dir(stock_dir: Path, processor: SamProcessor, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A stock checkpoint with its processor, as on the Hub."""
+    path = shutil.copytree(stock_dir, tmp_path_factory.mktemp("base") / "sam-base")
+    processor.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
 def split_dir(stock_dir: Path, processor: SamProcessor, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model repo with split weights, made as users make it."""
     path = tmp_path_factory.mktemp("split") / "sam-split"
@@ -149,6 +160,27 @@ def inputs() -> dict[str, torch.Tensor]:
         "pixel_values": torch.randn(2, 3, 64, 64, generator=generator),
         "input_points": 64 * torch.rand(2, 2, 1, 2, generator=generator),
     }
+
+
+def rewrite(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
+    """Applies `change` to the weights in folder `path`."""
+    weights = load_file(path / "model.safetensors")
+    change(weights)
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
+def configure(path: Path, name: str, value: object) -> None:
+    """Changes a setting of the configuration in folder `path`."""
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, name: value}))
+
+
+class Malicious:
+    """Ends the process if it is unpickled without care."""
+
+    def __reduce__(self) -> tuple:
+        return exec, ("raise SystemExit('code of a pickle was run')",)
 
 
 def run_python(code: str, *, expect_failure: bool = False) -> str:

@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import assert_holds_weights_of, assert_same_outputs, run_python, stock_model, tiny_config
+from conftest import assert_holds_weights_of, assert_same_outputs, rewrite, run_python, stock_model, tiny_config
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -31,14 +30,6 @@ def fused_repo(split_dir: Path, stock_dir: Path, tmp_path: Path) -> Path:
     path = tmp_path / "fused-repo"
     shutil.copytree(split_dir, path)
     shutil.copy(stock_dir / "model.safetensors", path)
-    return path
-
-
-def rewrite(path: Path, change) -> Path:
-    """Applies `change` to the weights in folder `path`."""
-    weights = load_file(path / "model.safetensors")
-    change(weights)
-    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
     return path
 
 
