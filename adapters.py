@@ -181,13 +181,10 @@ def fuse(parts: dict[str, Factors]) -> Factors:
 
 def unfuse(fused: Factors) -> dict[str, Factors]:
     """Returns the factors of `q`, `k` and `v`, without the ranks that do nothing for one of them."""
-    if not fused.b.any():  # not trained yet, so that no rank does anything
-        return {
-            name: Factors(fused.a, b, fused.scaling) for name, b in zip(PROJECTIONS, fused.b.chunk(3), strict=True)
-        }
     parts = {}
+    untrained = ~fused.b.any()  # where no rank does anything yet
     for name, b in zip(PROJECTIONS, fused.b.chunk(3), strict=True):
-        used = b.any(dim=0)
+        used = b.any(dim=0) | untrained
         if used.any():
             parts[name] = Factors(fused.a[used], b[:, used], fused.scaling)
     return parts

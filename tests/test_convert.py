@@ -1,6 +1,7 @@
 """Whole checkpoints in other layouts: Meta's own code is the oracle of Meta's, stock SAM of the rest."""
 
 import functools
+import importlib
 import importlib.util
 import re
 import subprocess
@@ -33,7 +34,8 @@ def segment_anything() -> types.ModuleType:
     package.__path__ = list(spec.submodule_search_locations)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "segment_anything", package)
-
+        for module in ("modeling", "build_sam"):
+            importlib.import_module(f"segment_anything.{module}")
         yield package
     for name in [name for name in sys.modules if name.startswith("segment_anything.")]:
         del sys.modules[name]
