@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 import adapters
 import meta_checkpoints
+import onnx_export
 from staging import split_class, staged
 
 
@@ -97,6 +98,17 @@ def to_meta(source: str, file: Path, force: bool = False) -> float:
         found = checked(back.float(), expected, dtype)
         os.replace(staged_file, file)
     return found
+
+
+def to_onnx(source: str, destination: Path, force: bool = False) -> float:
+    """Writes a split or stock model as ONNX files, in float32; returns the difference, in onnxruntime, as `to_sam`."""
+    with staged(destination, force) as folder:
+        model, _ = load(source)
+        onnx_export.export(model, folder)
+        copy_processor(source, folder)
+        inputs = onnx_export.example_inputs(model, batch=1, objects=2, points=1)  # of other sizes than exported with
+        found = difference(onnx_export.outputs(folder, inputs), onnx_export.expected_outputs(model, inputs))
+        return accepted(found)
 
 
 def adapter_to_fused(source: str, destination: Path, base: str | None = None, force: bool = False) -> float:
@@ -225,8 +237,16 @@ def checked(
     Raises:
         ValueError: If it is more than `limit`, or what rounding explains, of the weights to `dtype` or of the outputs.
     """
-    found = difference(outputs(model), expected)
-    if not found <= max(1e-5, limit, 0 if dtype.itemsize > 2 else 16 * torch.finfo(dtype).eps):
+    return accepted(difference(outputs(model), expected), max(limit, 16 * torch.finfo(dtype).eps))
+
+
+def accepted(found: float, limit: float = 1e-4) -> float:
+    """Returns the difference `found`.
+
+    Raises:
+        ValueError: If it is more than `limit`, and more than the rounding of outputs explains.
+    """
+    if not found <= max(1e-5, limit):
         raise ValueError(
             f"The result differs from the source by {found:.1e} of the largest output: nothing was written. If the "
             "source works as it is, please report this as a bug."
@@ -261,6 +281,7 @@ def parse_args() -> argparse.Namespace:
     command.add_argument("--stock", action="store_true", help="write a stock SamModel instead")
     command.add_argument("--decoder-heads", type=int, help="of another decoder than Meta's, which no file tells")
     add(to_meta, "split or stock model to Meta's layout", source=model, file=file)
+    add(to_onnx, "split or stock model to ONNX: an encoder and decoders", source=model, destination=folder)
     for function, summary in (
         (adapter_to_fused, "LoRA of q, k, v to LoRA of stock SAM's qkv"),
         (adapter_to_split, "LoRA of stock SAM's qkv to LoRA of q, k, v"),
