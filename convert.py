@@ -106,7 +106,7 @@ def to_onnx(source: str, destination: Path, force: bool = False) -> float:
         model, _ = load(source)
         onnx_export.export(model, folder)
         copy_processor(source, folder)
-        inputs = onnx_export.example_inputs(model, batch=1, objects=2, points=1)  # of other sizes than exported with
+        inputs = onnx_export.example_inputs(model, images=1, objects=2, points=1)  # other sizes than in export()
         found = difference(onnx_export.outputs(folder, inputs), onnx_export.expected_outputs(model, inputs))
         return accepted(found)
 

@@ -1,4 +1,4 @@
-"""SAM as ONNX files: one encodes images, and one for each kind of prompt decodes masks; batch sizes are free."""
+"""SAM as ONNX files: one encodes images, and one for each kind of prompt decodes the masks of an image's objects."""
 
 import logging
 import warnings
@@ -9,13 +9,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 
-# By file: the decoder's inputs besides image_embeddings, with the names of their free dimensions.
+# By file: the decoder's inputs besides image_embeddings, with the names of their free dimensions. The number of images
+# is fixed to one: torch's exporter would write a file that fails for several objects on each of several images.
 DECODERS = {
     "points_decoder.onnx": {
-        "input_points": {0: "batch", 1: "objects", 2: "points"},
-        "input_labels": {0: "batch", 1: "objects", 2: "points"},
+        "input_points": {1: "objects", 2: "points"},
+        "input_labels": {1: "objects", 2: "points"},
     },
-    "boxes_decoder.onnx": {"input_boxes": {0: "batch", 1: "objects"}},
+    "boxes_decoder.onnx": {"input_boxes": {1: "objects"}},
 }
 ENCODER = "encoder.onnx"
 
@@ -33,7 +34,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """From image_embeddings and prompts of one kind to masks and their scores."""
+    """From image_embeddings of one image and prompts of one kind to masks and their scores."""
 
     def __init__(self, model: PreTrainedModel, prompts: list[str]):
         super().__init__()
@@ -46,28 +47,28 @@ class Decoder(nn.Module):
         return outputs.pred_masks, outputs.iou_scores
 
 
-def example_inputs(model: PreTrainedModel, batch: int, objects: int, points: int) -> dict[str, torch.Tensor]:
-    """Returns noise for every input of every file, but for image_embeddings."""
+def example_inputs(model: PreTrainedModel, images: int, objects: int, points: int) -> dict[str, torch.Tensor]:
+    """Returns `images` for the encoder, and prompts for the decoders, all of noise."""
     generator = torch.Generator().manual_seed(0)
     side, channels = model.config.vision_config.image_size, model.config.vision_config.num_channels
-    corners = (side * torch.rand(batch, objects, 2, 2, generator=generator)).sort(dim=2).values
+    corners = (side * torch.rand(1, objects, 2, 2, generator=generator)).sort(dim=2).values
     return {
-        "pixel_values": torch.randn(batch, channels, side, side, generator=generator),
-        "input_points": side * torch.rand(batch, objects, points, 2, generator=generator),
-        "input_labels": torch.randint(0, 2, (batch, objects, points), generator=generator),
+        "pixel_values": torch.randn(images, channels, side, side, generator=generator),
+        "input_points": side * torch.rand(1, objects, points, 2, generator=generator),
+        "input_labels": torch.randint(0, 2, (1, objects, points), generator=generator),
         "input_boxes": corners.flatten(2),
     }
 
 
 def export(model: PreTrainedModel, folder: Path) -> None:
     """Writes all files."""
-    inputs = example_inputs(model, batch=2, objects=3, points=4)
+    inputs = example_inputs(model, images=2, objects=3, points=4)
     with torch.no_grad():
         embeddings = model.get_image_embeddings(inputs["pixel_values"])
-    write(folder / ENCODER, Encoder(model), {"pixel_values": inputs["pixel_values"]}, [{0: "batch"}])
+    write(folder / ENCODER, Encoder(model), {"pixel_values": inputs["pixel_values"]}, [{0: "images"}])
     for file, dimensions in DECODERS.items():
-        tensors = {"image_embeddings": embeddings} | {name: inputs[name] for name in dimensions}
-        write(folder / file, Decoder(model, list(dimensions)), tensors, [{0: "batch"}, tuple(dimensions.values())])
+        tensors = {"image_embeddings": embeddings[:1]} | {name: inputs[name] for name in dimensions}
+        write(folder / file, Decoder(model, list(dimensions)), tensors, [None, tuple(dimensions.values())])
 
 
 def write(file: Path, module: nn.Module, inputs: dict[str, torch.Tensor], dimensions: list) -> None:
@@ -99,7 +100,7 @@ def outputs(folder: Path, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]
     (embeddings,) = run(ENCODER, {"pixel_values": inputs["pixel_values"]})
     found = [embeddings]
     for file, names in DECODERS.items():
-        found += run(file, {"image_embeddings": embeddings} | {name: inputs[name] for name in names})
+        found += run(file, {"image_embeddings": embeddings[:1]} | {name: inputs[name] for name in names})
     return found
 
 
@@ -109,5 +110,5 @@ def expected_outputs(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) ->
     embeddings = model.get_image_embeddings(inputs["pixel_values"])
     found = [embeddings]
     for names in DECODERS.values():
-        found += Decoder(model, list(names))(embeddings, *(inputs[name] for name in names))
+        found += Decoder(model, list(names))(embeddings[:1], *(inputs[name] for name in names))
     return found

@@ -48,7 +48,7 @@ METHODS = {
     "LoRA, OLoRA init": Method("LoraConfig", {"r": 4, "init_lora_weights": "olora"}),
     "LoRA, EVA init": Method(
         "LoraConfig",
-        {"r": 4, "init_lora_weights": "eva"},
+        {"r": 4, "init_lora_weights": "eva", "eva_config": peft.EvaConfig()},
         "`initialize_lora_eva_weights(model, batches, prepare_model_inputs_fn=None, prepare_layer_inputs_fn=None)`",
     ),
     "AdaLoRA": Method(

@@ -21,8 +21,8 @@ def test_onnx(tmp_path):
     assert convert.to_onnx(str(tmp_path / "stock"), tmp_path / "onnx") < 1e-5
 
     stock = SamModel.from_pretrained(tmp_path / "stock").eval()
-    for batch, objects, points in ((1, 1, 1), (3, 2, 5)):
-        inputs = onnx_export.example_inputs(stock, batch, objects, points)
+    for images, objects, points in ((1, 1, 1), (3, 2, 5)):
+        inputs = onnx_export.example_inputs(stock, images, objects, points)
         actual, expected = onnx_export.outputs(tmp_path / "onnx", inputs), onnx_export.expected_outputs(stock, inputs)
         assert [tensor.shape for tensor in actual] == [tensor.shape for tensor in expected]
         assert convert.difference(actual, expected) < 1e-5
