@@ -15,7 +15,7 @@ pytest.importorskip("onnxruntime")
 def test_onnx(tmp_path):
     """From a stock folder; a split one is loaded the same way."""
     vision = {**TINY["vision_config"], "num_hidden_layers": 2, "global_attn_indexes": [1]}
-    decoder = {**TINY["mask_decoder_config"], "num_hidden_layers": 1}
+    decoder = {**TINY["mask_decoder_config"], "num_hidden_layers": 1, "num_multimask_outputs": 1}
     config = SamConfig(**{**TINY, "vision_config": vision, "mask_decoder_config": decoder})
     randomize(SamModel(config)).save_pretrained(tmp_path / "stock")
     assert convert.to_onnx(str(tmp_path / "stock"), tmp_path / "onnx") < 1e-5
