@@ -159,7 +159,15 @@ def convert_adapter(
 
 
 def load(source: str) -> tuple[PreTrainedModel, torch.dtype]:
-    """Returns the split or stock model `source` as a split model in float32, and the dtype that it is kept in."""
+    """Returns the split or stock model `source` as a split model in float32, and the dtype that it is kept in.
+
+    Raises:
+        ValueError: If it is another model, or the vision encoder alone.
+    """
+    if model_type(source) not in (SamConfig.model_type, "sam_split"):
+        raise ValueError(
+            f"{source} holds a model of type {model_type(source)!r}: expected was a whole SAM, 'sam' or 'sam_split'."
+        )
     model = split_class().from_pretrained(source).eval()
     dtype = model.dtype
     return model.float(), dtype

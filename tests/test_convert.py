@@ -264,6 +264,12 @@ def test_a_split_model_is_not_split_again(split_dir, tmp_path):
         convert.to_split(str(split_dir), tmp_path / "again")
 
 
+def test_a_vision_encoder_alone_is_refused(split_dir, tmp_path):
+    split_class("SamSplitVisionModel").from_pretrained(split_dir).save_pretrained(tmp_path / "vision")
+    with pytest.raises(ValueError, match="'sam_split_vision_model': expected was a whole SAM"):
+        convert.to_sam(str(tmp_path / "vision"), tmp_path / "stock")
+
+
 def test_a_wrong_result_is_not_kept(split_dir, stock, tmp_path, monkeypatch):
     """Whatever the mistake, the comparison at the end finds it."""
     wrong = type("Wrong", (split_class(),), {"to_sam": lambda self: randomize(stock_model(), seed=9)})
