@@ -183,10 +183,14 @@ class Malicious:
         return exec, ("raise SystemExit('code of a pickle was run')",)
 
 
-def run_python(code: str, *, expect_failure: bool = False) -> str:
+def run_python(code: str, *, expect_failure: bool = False, options: tuple[str, ...] = ()) -> str:
     """Runs `code` in a fresh interpreter, with this one's caches, and returns what it prints."""
     process = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, *options, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     output = process.stdout + process.stderr
     assert (process.returncode != 0) == expect_failure, output

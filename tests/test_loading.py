@@ -1,5 +1,6 @@
 """Every road in gives the checkpoint's own weights and stock's outputs, silently, or a clear error."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import assert_holds_weights_of, assert_same_outputs, rewrite, run_python, stock_model, tiny_config
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import (
     AutoConfig,
@@ -333,14 +335,20 @@ def test_no_remote_code_without_trust(split_dir):
         AutoModel.from_pretrained(split_dir, trust_remote_code=False)
 
 
-def test_mask_generation_pipeline(split_dir, stock, processor):
+@pytest.mark.parametrize("form", ["split", "adapted", "merged"])
+def test_mask_generation_pipeline(form, split_dir, stock, processor, load, tmp_path):
     """Up to the removal of duplicate masks, which is torchvision's."""
+    model = str(split_dir)
+    if form != "split":
+        adapted = get_peft_model(load(), LoraConfig(target_modules=["q", "v"], init_lora_weights=False)).eval()
+        stock = copy.deepcopy(adapted).merge_and_unload().to_sam()
+        model = adapted.get_base_model() if form == "adapted" else adapted.merge_and_unload()
     image = Image.effect_noise((90, 70), 80).convert("RGB")
     limits = {"pred_iou_thresh": -100.0, "stability_score_thresh": 0.0, "stability_score_offset": 0.1}
     actual, expected = (
         next(generator.forward(batch, **limits) for batch in generator.preprocess(image, points_per_batch=8))
         for generator in (
-            pipeline("mask-generation", model=str(split_dir), trust_remote_code=True),
+            pipeline("mask-generation", model, image_processor=processor.image_processor, trust_remote_code=True),
             pipeline("mask-generation", model=stock, image_processor=processor.image_processor),
         )
     )

@@ -148,3 +148,13 @@ def test_layers_are_kept_whole_on_one_device(load):
     model = load()
     names = set(model._no_split_modules)
     assert names == {type(layer).__name__ for layer in model.vision_encoder.layers}
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 48, 48), (1, 3, 64, 48), (1, 3, 72, 72), (1, 1, 64, 64)], ids=str)
+def test_images_of_other_sizes_raise_as_in_stock(shape, stock, load):
+    messages = []
+    for model in (stock, load()):
+        with pytest.raises(ValueError, match="match") as error:
+            model(torch.randn(shape), input_points=torch.zeros(1, 1, 1, 2))
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]

@@ -101,3 +101,12 @@ def test_remote_code_imports_only_what_every_user_has(path: Path):
             assert node.level == 1 and (ROOT / f"{node.module}.py").exists(), "flat relative imports only"
         elif isinstance(node, ast.ImportFrom):
             assert str(node.module).split(".")[0] in allowed
+
+
+def test_quick_start_gives_no_warning(split_dir, stock_dir, tmp_path):
+    """Nor does loading and saving from a stock checkpoint, with every warning an error."""
+    Image.effect_noise((200, 180), 80).save(tmp_path / "photo.png")
+    code = "\n".join(re.findall(r"```python\n(.*?)```", README, re.DOTALL)[:2])
+    code = code.replace("<user>/sam-vit-base-split", str(split_dir)).replace("facebook/sam-vit-base", str(stock_dir))
+    run_python(f"import os\nos.chdir({str(tmp_path)!r})\n{code}", options=("-W", "error"))
+    assert (tmp_path / "sam-vit-base-split" / "model.safetensors").exists()

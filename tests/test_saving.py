@@ -144,3 +144,21 @@ def test_saving_does_not_touch_other_models(split_dir, stock, tmp_path):
     reloaded, info = SamModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values())
     assert all(torch.equal(tensor, stock.state_dict()[name]) for name, tensor in reloaded.state_dict().items())
+
+
+@pytest.mark.parametrize("source", ["stock_dir", "split_dir"])
+@pytest.mark.parametrize("max_shard_size", ["5GB", "20KB"])
+def test_saving_over_the_folder_of_live_models(source, max_shard_size, request, inputs, tmp_path):
+    """They are memory-mapped on its files, which must not change under them."""
+    path = shutil.copytree(request.getfixturevalue(source), tmp_path / "model")
+    model, other = (split_class().from_pretrained(path) for _ in range(2))
+    expected = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    with torch.no_grad():
+        model.vision_encoder.layers[0].attn.q.weight.add_(1)
+    changed = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.save_pretrained(path, max_shard_size=max_shard_size)
+    for live, weights in ((model, changed), (other, expected)):
+        assert all(torch.equal(tensor, weights[name]) for name, tensor in live.state_dict().items())
+    if max_shard_size == "5GB":  # transformers leaves a single file beside shards, and prefers it
+        reloaded = AutoModel.from_pretrained(path, trust_remote_code=True)
+        assert all(torch.equal(tensor, changed[name]) for name, tensor in reloaded.state_dict().items())

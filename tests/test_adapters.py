@@ -1,0 +1,229 @@
+"""A LoRA of q, k, v and the LoRA of the fused qkv that it is converted to are one function, and so on the way back."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import randomize
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import PreTrainedModel, SamModel
+
+import adapters
+import convert
+
+
+def lora(**settings) -> LoraConfig:
+    return LoraConfig(**{"r": 4, "lora_alpha": 12, "task_type": "FEATURE_EXTRACTION", **settings})
+
+
+def write(model: PreTrainedModel, config: LoraConfig, path: Path, trained: bool = True, dtype=None) -> PeftModel:
+    """Saves an adapter of `model` as training would leave it, and returns the model with it."""
+    adapted = get_peft_model(model, config).eval()
+    if trained:
+        randomize(torch.nn.ParameterList(p for p in adapted.parameters() if p.requires_grad), seed=5)
+    for parameter in adapted.parameters():
+        if dtype is not None and parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+    adapted.save_pretrained(path)
+    return adapted
+
+
+def assert_same_function(
+    first: PeftModel, second: PeftModel, stock: SamModel, inputs: dict[str, torch.Tensor]
+) -> None:
+    """To a thousandth of what the adapter changes, in all outputs and in what the encoder gives the decoder."""
+
+    def outputs(model: torch.nn.Module) -> list[torch.Tensor]:
+        result = model.eval()(**inputs)
+        return [model.get_image_embeddings(inputs["pixel_values"]), result.pred_masks, result.iou_scores]
+
+    with torch.no_grad():
+        for one, other, plain in zip(*map(outputs, (first, second, stock)), strict=True):
+            effect = (one - plain).abs().max()
+            assert effect > 1e-5 * plain.abs().max()
+            assert (one - other).abs().max() <= max(1e-3 * effect, 1e-6 * plain.abs().max())
+
+
+def stored(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
+    return json.loads((path / "adapter_config.json").read_text()), load_file(path / "adapter_model.safetensors")
+
+
+CASES = {
+    "q and v": {"target_modules": ["q", "v"]},
+    "k alone": {"target_modules": ["k"], "lora_alpha": 160},
+    "rsLoRA with dropout": {"target_modules": ["q", "v"], "use_rslora": True, "r": 6, "lora_dropout": 0.3},
+    "ranks by pattern": {"target_modules": ["q", "v"], "rank_pattern": {"layers.1.attn.q": 2, "v": 5}},
+    "alphas by pattern": {"target_modules": ["q", "v"], "alpha_pattern": {r".*\.2\.attn\.v": 5, "q": 3}},
+    "both by pattern": {
+        "target_modules": ["q", "k", "v"],
+        "rank_pattern": {"k": 1},
+        "alpha_pattern": {"k": 5},
+        "use_rslora": True,
+    },
+    "some layers": {"target_modules": ["q", "v"], "layers_to_transform": [0, 2], "layers_pattern": "layers"},
+    "regular expression": {"target_modules": r"vision_encoder\.layers\.(0\.attn\.q|1\.attn\.v|2\.mlp\.lin1)"},
+    "excluded": {"target_modules": ["q", "v"], "exclude_modules": ["vision_encoder.layers.1.attn.q"]},
+    "and proj, MLP, decoder, whole modules": {
+        "target_modules": ["q", "v", "proj", "lin2", "q_proj"],
+        "rank_pattern": {"lin2": 3},
+        "modules_to_save": ["iou_prediction_head", "neck"],
+    },
+    "biases": {"target_modules": ["q", "k", "v"], "bias": "all"},
+    "biases of LoRA, odd scaling": {"target_modules": ["q", "k", "v"], "bias": "lora_only", "lora_alpha": 7, "r": 3},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_to_fused_and_back(case, load, stock, stock_dir, inputs, tmp_path, capsys):
+    """The way back gives the very tensors again, under the same names."""
+    config = lora(**CASES[case])
+    write(load(), config, tmp_path / "split")
+    adapted = PeftModel.from_pretrained(load(), tmp_path / "split")
+    assert convert.adapter_to_fused(str(tmp_path / "split"), tmp_path / "fused", str(stock_dir)) < 1e-5
+    fused = PeftModel.from_pretrained(SamModel.from_pretrained(stock_dir), tmp_path / "fused")
+    assert_same_function(adapted, fused, stock, inputs)
+    assert not any(re.search(r"\.attn\.[qkv]\.", name) for name in stored(tmp_path / "fused")[1])
+
+    assert convert.adapter_to_split(str(tmp_path / "fused"), tmp_path / "back", str(stock_dir)) < 1e-5
+    assert_same_function(adapted, PeftModel.from_pretrained(load(), tmp_path / "back"), stock, inputs)
+    weights, back = (stored(tmp_path / folder)[1] for folder in ("split", "back"))
+    if "pattern" in case:  # one factor is folded into B
+        return
+    assert weights.keys() == back.keys()
+    assert all(torch.equal(tensor, back[name]) for name, tensor in weights.items())
+    assert ("lora_dropout=0.3" in capsys.readouterr().out) == ("dropout" in case)
+
+
+FUSED_CASES = {
+    "rsLoRA": {"target_modules": ["qkv"], "use_rslora": True, "r": 6},
+    "patterns": {
+        "target_modules": ["qkv"],
+        "rank_pattern": {"layers.1.attn.qkv": 2},
+        "alpha_pattern": {"0.attn.qkv": 3},
+    },
+    "some layers": {"target_modules": ["qkv"], "layers_to_transform": [1], "layers_pattern": "layers"},
+    "and more": {"target_modules": ["qkv", "lin1", "v_proj"], "modules_to_save": ["iou_prediction_head"]},
+    "biases": {"target_modules": ["qkv"], "bias": "all"},
+}
+
+
+@pytest.mark.parametrize("case", FUSED_CASES)
+def test_to_split_and_back(case, load, stock, stock_dir, inputs, tmp_path):
+    config = lora(**FUSED_CASES[case])
+    write(SamModel.from_pretrained(stock_dir), config, tmp_path / "fused")
+    adapted = PeftModel.from_pretrained(SamModel.from_pretrained(stock_dir), tmp_path / "fused")
+    assert convert.adapter_to_split(str(tmp_path / "fused"), tmp_path / "split", str(stock_dir)) < 1e-5
+    assert_same_function(adapted, PeftModel.from_pretrained(load(), tmp_path / "split"), stock, inputs)
+    assert convert.adapter_to_fused(str(tmp_path / "split"), tmp_path / "back", str(stock_dir)) < 1e-5
+    (config, weights), (config_back, weights_back) = (stored(tmp_path / folder) for folder in ("fused", "back"))
+    assert weights.keys() == weights_back.keys()
+    assert all(torch.equal(tensor, weights_back[name]) for name, tensor in weights.items())
+    if case != "patterns":
+        settings = ("r", "lora_alpha", "use_rslora", "modules_to_save", "bias")
+        assert {name: config[name] for name in settings} == {name: config_back[name] for name in settings}
+
+
+def test_the_weights_that_are_added_are_the_same(load, stock, stock_dir, tmp_path):
+    """Layer by layer, in float64."""
+    write(load(), lora(target_modules=["q", "v"], use_rslora=True), tmp_path / "split")
+    convert.adapter_to_fused(str(tmp_path / "split"), tmp_path / "fused", str(stock_dir))
+    adapted = PeftModel.from_pretrained(load(), tmp_path / "split").double().get_base_model()
+    fused = PeftModel.from_pretrained(SamModel.from_pretrained(stock_dir), tmp_path / "fused").double()
+    for layer, fused_layer in zip(
+        adapted.vision_encoder.layers, fused.get_base_model().vision_encoder.layers, strict=True
+    ):
+        q, k, v = fused_layer.attn.qkv.get_delta_weight("default").chunk(3)
+        torch.testing.assert_close(q, layer.attn.q.get_delta_weight("default"), rtol=1e-14, atol=0)
+        torch.testing.assert_close(v, layer.attn.v.get_delta_weight("default"), rtol=1e-14, atol=0)
+        assert not k.any()
+
+
+def test_configuration_is_plain(load, split_dir, stock_dir, tmp_path, capsys):
+    """The names that people would write, twice the rank, and the base where it can be named."""
+    write(load(), lora(target_modules=["q", "v"]), tmp_path / "split")
+    assert stored(tmp_path / "split")[0]["base_model_name_or_path"] == str(split_dir)
+    convert.adapter_to_fused(str(tmp_path / "split"), tmp_path / "fused")
+    config, _ = stored(tmp_path / "fused")
+    assert (config["r"], config["lora_alpha"], config["target_modules"]) == (8, 24, ["qkv"])
+    assert config["rank_pattern"] == config["alpha_pattern"] == {}
+    assert config["base_model_name_or_path"] is None
+    assert "base_model_name_or_path is left out" in capsys.readouterr().out
+    convert.adapter_to_fused(str(tmp_path / "split"), tmp_path / "fused", str(stock_dir), force=True)
+    assert stored(tmp_path / "fused")[0]["base_model_name_or_path"] == str(stock_dir)
+
+
+def test_an_untrained_adapter_can_be_trained_in_the_other_form(load, stock_dir, tmp_path):
+    """Its B is zero, and no rank of it may get lost for that."""
+    write(SamModel.from_pretrained(stock_dir), lora(target_modules=["qkv"]), tmp_path / "fused", trained=False)
+    convert.adapter_to_split(str(tmp_path / "fused"), tmp_path / "split", str(stock_dir))
+    config, weights = stored(tmp_path / "split")
+    assert config["target_modules"] == ["k", "q", "v"]
+    assert len(weights) == 3 * 3 * 2
+    assert {min(tensor.shape) for tensor in weights.values()} == {4}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype, load, stock, stock_dir, inputs, tmp_path):
+    """Nothing is rounded, and what would have to be is refused."""
+    write(load(), lora(target_modules=["q", "v"]), tmp_path / "split", dtype=dtype)
+    convert.adapter_to_fused(str(tmp_path / "split"), tmp_path / "fused", str(stock_dir))
+    assert {tensor.dtype for tensor in stored(tmp_path / "fused")[1].values()} == {dtype}
+    fused = PeftModel.from_pretrained(SamModel.from_pretrained(stock_dir), tmp_path / "fused")
+    assert_same_function(PeftModel.from_pretrained(load(), tmp_path / "split"), fused, stock, inputs)
+    write(load(), lora(target_modules=["q", "v"], alpha_pattern={"v": 5}), tmp_path / "uneven", dtype=dtype)
+    with pytest.raises(ValueError, match="without rounding"):
+        convert.adapter_to_fused(str(tmp_path / "uneven"), tmp_path / "out", str(stock_dir))
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"use_dora": True}, "use_dora=True"),
+        ({"init_lora_weights": "pissa"}, "initialised with 'pissa'"),
+        ({"init_lora_weights": "olora"}, "initialised with 'olora'"),
+        ({"modules_to_save": ["k"]}, "keeps whole projections"),
+        ({"target_modules": ["lin1"]}, "adapts no projection"),
+    ],
+    ids=str,
+)
+def test_what_has_no_exact_form_is_refused(settings, problem, load, stock_dir, tmp_path):
+    write(load(), lora(**{"target_modules": ["q", "v"], **settings}), tmp_path / "adapter")
+    with pytest.raises(ValueError, match=problem):
+        convert.adapter_to_fused(str(tmp_path / "adapter"), tmp_path / "out", str(stock_dir))
+    assert not (tmp_path / "out").exists()
+
+
+def rewrite(path: Path, config: dict | None = None, rename=lambda name: name) -> None:
+    settings, weights = stored(path)
+    (path / "adapter_config.json").write_text(json.dumps({**settings, **(config or {})}))
+    adapters.save_file({rename(name): tensor for name, tensor in weights.items()}, path / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"config": {"peft_type": "LOHA"}}, "is a LOHA adapter"),
+        ({"config": {"lora_bias": True}}, "sets lora_bias=True"),
+        ({"config": {"setting_of_the_future": 1}}, "sets setting_of_the_future=1"),
+        ({"config": {"base_model_name_or_path": None}}, "give it with --base"),
+        ({"config": {"target_modules": ["q"]}}, "no place for"),
+        ({"config": {"target_modules": ["q", "k", "v"]}}, "lacks weights for vision_encoder.layers.0.attn.k"),
+        ({"rename": lambda name: name.replace("2.attn.v", "2.attn.qkv")}, "adapts q, qkv, v"),
+        ({"rename": lambda name: name.replace("layers.2", "layers.7")}, "lacks weights for vision_encoder.layers.2"),
+    ],
+    ids=str,
+)
+def test_broken_adapters_are_refused(change, problem, load, tmp_path, recwarn):
+    write(load(), lora(target_modules=["q", "v"]), tmp_path / "adapter")
+    rewrite(tmp_path / "adapter", **change)
+    with pytest.raises(ValueError, match=problem):
+        convert.adapter_to_fused(str(tmp_path / "adapter"), tmp_path / "out")
+
+
+def test_the_wrong_direction_is_refused(load, stock_dir, tmp_path):
+    write(load(), lora(target_modules=["q", "v"]), tmp_path / "split")
+    with pytest.raises(ValueError, match="adapts q, v of the vision encoder, and only qkv were expected"):
+        convert.adapter_to_split(str(tmp_path / "split"), tmp_path / "out", str(stock_dir))
