@@ -9,8 +9,10 @@ Shapes: B images, H x W tokens, C channels; h heads of d channels; G = B x windo
 """
 
 import re
+import tempfile
 from collections.abc import Callable, Iterable
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -86,10 +88,12 @@ class SamVisionAttentionSplit(SamVisionAttention):
         """
         places = {f"{prefix}{name}.{kind}" for name in PROJECTIONS for kind in ("weight", "bias")}
         own_keys = places & {prefix + key for key in module.state_dict()}
+        is_fused = False
         for kind in ("weight", "bias"):
             fused_key = f"{prefix}qkv.{kind}"
             if fused_key not in state_dict:
                 continue
+            is_fused = True
             try:
                 split = split_q_k_v(state_dict.pop(fused_key))
             except ValueError as error:
@@ -107,8 +111,10 @@ class SamVisionAttentionSplit(SamVisionAttention):
                 "must be the checkpoint's."
             )
             return
-        missing = sorted(own_keys - state_dict.keys())
-        if missing and len(missing) < len(own_keys):
+        missing, found = sorted(own_keys - state_dict.keys()), own_keys & state_dict.keys()
+        biases = {key for key in own_keys if key.endswith(".bias")}
+        only_biases = found == biases and not is_fused  # as PEFT saves them with bias="all"
+        if missing and found and not only_biases:
             error_msgs.append(f"The state dict holds a part of {prefix}q, k, v, but lacks {', '.join(missing)}.")
 
     def forward(
@@ -277,10 +283,26 @@ class SamSplitPreTrainedModel(SamPreTrainedModel):
         return loading_info
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """As in `PreTrainedModel`: always split weights, with the code that loads them."""
+        """As in `PreTrainedModel`: always split weights, with the code that loads them, in place of what was there."""
         self.config.auto_map = dict(self._auto_map)
         kwargs["save_original_format"] = False
-        return super().save_pretrained(save_directory, *args, **kwargs)
+        folder = Path(save_directory)
+        replaced = [*folder.glob("model*.safetensors")] if kwargs.get("is_main_process", True) else []
+        if not replaced:
+            return super().save_pretrained(save_directory, *args, **kwargs)
+        # Live models may be memory-mapped on these files, and a single one would be preferred to new shards.
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".replaced-") as aside:
+            for file in replaced:
+                file.rename(Path(aside, file.name))
+            written = False
+            try:
+                output = super().save_pretrained(save_directory, *args, **kwargs)
+                written = any(folder.glob("model*.safetensors"))  # and not an adapter alone
+            finally:
+                if not written:
+                    for file in replaced:
+                        Path(aside, file.name).replace(file)
+            return output
 
     @torch.no_grad()
     def to_sam(self) -> PreTrainedModel:

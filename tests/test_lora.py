@@ -107,6 +107,23 @@ def test_save_and_reload(adapted, load, split_dir, inputs, tmp_path, logged):
     assert logged == []
 
 
+def test_save_and_reload_with_biases(load, inputs, tmp_path):
+    """Those of k, which no adapter wraps, included."""
+    model = randomize(get_peft_model(load(), lora_config(bias="all"))).eval()
+    model.save_pretrained(tmp_path)
+    base = load()
+    base.load_state_dict(
+        {
+            name: model.get_base_model().state_dict()[
+                name.replace(".q.", ".q.base_layer.").replace(".v.", ".v.base_layer.")
+            ]
+            for name in base.state_dict()
+        }
+    )
+    with torch.no_grad():
+        assert_same_outputs(PeftModel.from_pretrained(base, tmp_path).eval()(**inputs), model(**inputs))
+
+
 def test_merge(adapted, inputs, tmp_path, load):
     with torch.no_grad():
         expected = adapted(**inputs)

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from conftest import assert_holds_weights_of, assert_same_outputs, stock_model
+from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForMaskGeneration, SamModel, SamVisionModel
@@ -159,6 +160,20 @@ def test_saving_over_the_folder_of_live_models(source, max_shard_size, request, 
     model.save_pretrained(path, max_shard_size=max_shard_size)
     for live, weights in ((model, changed), (other, expected)):
         assert all(torch.equal(tensor, weights[name]) for name, tensor in live.state_dict().items())
-    if max_shard_size == "5GB":  # transformers leaves a single file beside shards, and prefers it
-        reloaded = AutoModel.from_pretrained(path, trust_remote_code=True)
-        assert all(torch.equal(tensor, changed[name]) for name, tensor in reloaded.state_dict().items())
+    reloaded = AutoModel.from_pretrained(path, trust_remote_code=True)
+    assert all(torch.equal(tensor, changed[name]) for name, tensor in reloaded.state_dict().items())
+    assert not [*path.glob(".*")]
+
+
+def test_saving_that_writes_no_weights_keeps_those_there(load, split_dir, stock, inputs, tmp_path, monkeypatch):
+    path = shutil.copytree(split_dir, tmp_path / "model")
+    model = load(path)
+    monkeypatch.setattr(type(model), "state_dict", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model.save_pretrained(path)
+    monkeypatch.undo()
+    model.add_adapter(LoraConfig(target_modules=["q", "v"]))
+    model.save_pretrained(path)
+    assert (path / "adapter_model.safetensors").exists()
+    (path / "adapter_config.json").unlink()
+    assert_holds_weights_of(load(path), stock)
