@@ -8,9 +8,11 @@ import contextlib
 import functools
 import io
 import logging
+import sys
 import tempfile
 import warnings
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -20,6 +22,8 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, SamConfig, SamModel
 from transformers.utils.logging import disable_progress_bar
 
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # run as a script, Python looks in benchmarks/ only
 from convert import difference, outputs
 from staging import split_class
 
@@ -68,7 +72,7 @@ METHODS = {
     "QLoRA": Method(
         "LoraConfig",
         {"r": 4},
-        '4-bit bitsandbytes with `llm_int8_skip_modules=["mask_decoder"]`; `dequantize()` before `to_sam()`',
+        "4-bit bitsandbytes; `dequantize()` before `to_sam()`",
         four_bits=True,
     ),
 }
@@ -145,9 +149,7 @@ def measure(method: Method, base: str) -> Result:
         return result
     options = {}
     if method.four_bits:
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32, llm_int8_skip_modules=["mask_decoder"]
-        )
+        options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
     load = functools.partial(split_class().from_pretrained, base, **options)
     torch.manual_seed(0)
     try:

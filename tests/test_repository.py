@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -110,3 +111,10 @@ def test_quick_start_gives_no_warning(split_dir, stock_dir, tmp_path):
     code = code.replace("<user>/sam-vit-base-split", str(split_dir)).replace("facebook/sam-vit-base", str(stock_dir))
     run_python(f"import os\nos.chdir({str(tmp_path)!r})\n{code}", options=("-W", "error"))
     assert (tmp_path / "sam-vit-base-split" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.name)
+def test_benchmarks_start_from_anywhere(script, tmp_path):
+    command = [sys.executable, str(script), "--help"]
+    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert f"python benchmarks/{script.name}" in process.stdout
