@@ -25,18 +25,18 @@ from training import build_trainer, build_training_args, validate
 from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from staging import ROOT
+from staging import ROOT, staged
 
 
 # What may differ when a run is resumed: the result is the same.
-NOT_PART_OF_THE_RUN = {"resume", "output", "export", "push_to_hub", "workers", "minutes"}
+NOT_PART_OF_THE_RUN = {"resume", "output", "force", "export", "push_to_hub", "workers", "minutes"}
 
 
 def main() -> None:
     args = parse_args()
     try:
         finetune(args)
-    except (BadData, UnusableModel) as error:
+    except (BadData, UnusableModel, FileExistsError) as error:
         sys.exit(str(error))
 
 
@@ -98,6 +98,7 @@ def parse_args() -> argparse.Namespace:
 
     group = parser.add_argument_group("output")
     group.add_argument("--output", type=Path, default=Path("build/finetune"))
+    group.add_argument("--force", action="store_true", help="replace what an earlier run left in --output")
     group.add_argument("--export", nargs="+", choices=("merged", "stock"), default=[], help="whole models to write")
     group.add_argument("--push-to-hub", metavar="USER/NAME", help="upload what was trained to this model repo")
     args = parser.parse_args()
@@ -225,7 +226,8 @@ def start(args: argparse.Namespace, world_size: int, is_main: bool) -> str | Non
     """Notes the settings in the output folder, or finds there the checkpoint to go on from.
 
     Raises:
-        UnusableModel: If the folder is in use, or what is to be resumed had other settings.
+        UnusableModel: If the folder holds something else, or what is to be resumed had other settings.
+        FileExistsError: If it is in use.
     """
     file = args.output / "settings.json"
     settings = {name: value for name, value in vars(args).items() if name not in NOT_PART_OF_THE_RUN}
@@ -238,10 +240,11 @@ def start(args: argparse.Namespace, world_size: int, is_main: bool) -> str | Non
         checkpoints = args.output / "checkpoints"
         return get_last_checkpoint(checkpoints) if checkpoints.is_dir() else None
     if is_main:
-        if args.output.is_file() or (args.output.is_dir() and any(args.output.iterdir())):
-            raise UnusableModel(f"{args.output} is not empty: choose another --output, or go on there with --resume.")
-        args.output.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(settings, indent=2) + "\n")
+        if args.force and args.output.is_dir() and any(args.output.iterdir()) and not file.exists():
+            raise UnusableModel(f"--force: {args.output} is not the output of an earlier run; choose another --output.")
+        # A new folder, as an earlier run's checkpoints would be taken for this one's.
+        with staged(args.output, force=args.force) as folder:
+            (folder / file.name).write_text(json.dumps(settings, indent=2) + "\n")
     return None
 
 
