@@ -32,15 +32,15 @@ from staging import ROOT, staged
 NOT_PART_OF_THE_RUN = {"resume", "output", "force", "export", "push_to_hub", "workers", "minutes"}
 
 
-def main() -> None:
-    args = parse_args()
+def main(arguments: list[str] | None = None) -> None:
+    args = parse_args(arguments)
     try:
         finetune(args)
     except (BadData, UnusableModel, FileExistsError) as error:
         sys.exit(str(error))
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     group = parser.add_argument_group("data")
     group.add_argument("--images", type=Path, help="folder of PNG, JPEG or TIFF images")
@@ -101,7 +101,7 @@ def parse_args() -> argparse.Namespace:
     group.add_argument("--force", action="store_true", help="replace what an earlier run left in --output")
     group.add_argument("--export", nargs="+", choices=("merged", "stock"), default=[], help="whole models to write")
     group.add_argument("--push-to-hub", metavar="USER/NAME", help="upload what was trained to this model repo")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     check_args(parser, args)
     return args
 
@@ -241,7 +241,9 @@ def start(args: argparse.Namespace, world_size: int, is_main: bool) -> str | Non
         return get_last_checkpoint(checkpoints) if checkpoints.is_dir() else None
     if is_main:
         if args.force and args.output.is_dir() and any(args.output.iterdir()) and not file.exists():
-            raise UnusableModel(f"--force: {args.output} is not the output of an earlier run; choose another --output.")
+            raise UnusableModel(
+                f"--force: {args.output} is not the output of an earlier run; choose another --output."
+            )
         # A new folder, as an earlier run's checkpoints would be taken for this one's.
         with staged(args.output, force=args.force) as folder:
             (folder / file.name).write_text(json.dumps(settings, indent=2) + "\n")

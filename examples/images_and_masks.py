@@ -189,8 +189,6 @@ def read_image(path: Path) -> np.ndarray:
         ValueError: If it cannot be read, or is no such image.
     """
     pixels = read_pixels(path, convert_palette=True)
-    if pixels.ndim == 3 and pixels.shape[0] in (3, 4) and pixels.shape[2] not in (1, 2, 3, 4):
-        pixels = np.moveaxis(pixels, 0, 2)  # TIFF files may hold one plane after the other
     if pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[2] > 4):
         raise ValueError(f"{path}: has the shape {pixels.shape}; expected one image, grey, RGB or RGBA.")
     if pixels.dtype == np.uint16:
@@ -233,7 +231,7 @@ def read_mask(path: Path) -> np.ndarray:
 def read_pixels(path: Path, convert_palette: bool) -> np.ndarray:
     try:
         if path.suffix.lower() in TIFF_SUFFIXES:
-            return tifffile.imread(path)
+            return read_tiff(path)
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
             if image.mode == "CMYK" or (convert_palette and image.mode == "P"):
@@ -241,3 +239,12 @@ def read_pixels(path: Path, convert_palette: bool) -> np.ndarray:
             return np.asarray(image)
     except Exception as error:  # the decoders raise whatever they meet
         raise ValueError(f"{path}: cannot be read: {error}") from error
+
+
+def read_tiff(path: Path) -> np.ndarray:
+    with tifffile.TiffFile(path) as file:
+        if len(file.pages) != 1:
+            raise ValueError(f"it has {len(file.pages)} pages; expected one.")
+        page = file.pages[0]
+        one_plane_after_the_other = page.planarconfig == tifffile.PLANARCONFIG.SEPARATE and page.ndim == 3
+        return np.moveaxis(page.asarray(), 0, 2) if one_plane_after_the_other else page.asarray()

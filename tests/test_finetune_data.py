@@ -72,7 +72,8 @@ STRETCHED = np.round(np.arange(12).reshape(3, 4) * 255 / 11)
 def test_reads_every_kind_of_image(name, pixels, expected, tmp_path):
     path = tmp_path / name
     if name.lower().endswith(("tif", "tiff")):
-        tifffile.imwrite(path, pixels, photometric="rgb" if pixels.ndim == 3 else "minisblack")
+        planar = "separate" if name.startswith("planes") else None
+        tifffile.imwrite(path, pixels, photometric="rgb" if pixels.ndim == 3 else "minisblack", planarconfig=planar)
     else:
         Image.fromarray(pixels).save(path)
     image = read_image(path)
@@ -125,7 +126,7 @@ def broken_folders(folder: Path) -> dict[str, str]:
         "colour.png": "expected one integer per pixel",
         "text.png": "cannot be read",
         "float.tif": "expected 8 or 16 bits",
-        "pages.tif": "expected one image",
+        "pages.tif": "it has 9 pages; expected one",
     }
 
 
@@ -177,11 +178,11 @@ def coco_file(folder: Path, **changes) -> Path:
             {"id": 7, "file_name": "a.png", "height": 40, "width": 48},
             {"id": 8, "file_name": "empty.png", "height": 40, "width": 48},
         ],
-        "categories": [],
+        "categories": [{"id": 1, "name": "block"}],
         "annotations": [
-            {"id": 1, "image_id": 7, "area": 900, "segmentation": [[2, 2, 46, 2, 46, 38, 2, 38]]},
-            {"id": 2, "image_id": 7, "area": 80, "segmentation": run_lengths},
-            {"id": 3, "image_id": 7, "area": 9, "segmentation": [[0, 0, 1, 0, 1, 1]], "iscrowd": 1},
+            {"id": 1, "image_id": 7, "category_id": 1, "area": 900, "segmentation": [[2, 2, 46, 2, 46, 38, 2, 38]]},
+            {"id": 2, "image_id": 7, "category_id": 1, "area": 80, "segmentation": run_lengths},
+            {"id": 3, "image_id": 7, "category_id": 1, "area": 9, "segmentation": [[0, 0, 1, 0, 1, 1]], "iscrowd": 1},
         ],
         **changes,
     }
@@ -190,6 +191,7 @@ def coco_file(folder: Path, **changes) -> Path:
     return path
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools with numpy 2
 def test_reads_coco_polygons_and_run_lengths(tmp_path, capsys):
     sources, notes = coco_images(tmp_path / "images", coco_file(tmp_path))
     (source,) = sources
@@ -205,8 +207,14 @@ def test_reads_coco_polygons_and_run_lengths(tmp_path, capsys):
     [
         ({"images": [{"id": 7, "file_name": "b.png", "height": 40, "width": 48}]}, "b.png: is named in"),
         ({"images": [{"id": 7, "file_name": "a.png", "height": 41, "width": 48}]}, "48 x 40 pixels"),
-        ({"annotations": [{"id": 1, "image_id": 9, "segmentation": []}]}, "image 9, which it does not list"),
-        ({"annotations": [{"id": 5, "image_id": 7, "segmentation": {"counts": "x"}}]}, "annotation 5 is broken"),
+        (
+            {"annotations": [{"id": 1, "image_id": 9, "category_id": 1, "segmentation": []}]},
+            "image 9, which it does not list",
+        ),
+        (
+            {"annotations": [{"id": 5, "image_id": 7, "category_id": 1, "segmentation": {"counts": "x"}}]},
+            "annotation 5 is broken",
+        ),
         ({"annotations": []}, "annotates no object"),
         ({"images": [{"id": 7}]}, "not a COCO annotation file"),
     ],
@@ -335,9 +343,7 @@ def test_prompts_belong_to_the_targets(augment, processor):
             rows, columns = np.nonzero(target.numpy() == 1)
             if "input_boxes" in item:
                 box = item["input_boxes"][index].numpy() / 2  # of 64 pixels to masks of 32
-                np.testing.assert_allclose(
-                    box, [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1], atol=1.6
-                )
+                np.testing.assert_allclose(box, [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1], atol=2)
                 continue
             for (x, y), label in zip(item["input_points"][index], item["input_labels"][index], strict=True):
                 near = target[max(0, int(y / 2) - 1) : int(y / 2) + 2, max(0, int(x / 2) - 1) : int(x / 2) + 2]
