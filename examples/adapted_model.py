@@ -6,7 +6,8 @@ from argparse import Namespace
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from bitsandbytes.nn import Linear4bit
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import AutoProcessor, BitsAndBytesConfig, PreTrainedModel, SamProcessor
 
 
@@ -37,6 +38,10 @@ def load_base(
         raise UnusableModel(
             f"{base}: not a SAM v1 checkpoint with a processor: {str(error).splitlines()[0]}"
         ) from error
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            # In evaluation bitsandbytes packs the weights for some CPUs, and does not unpack them for training.
+            module.support_avx512bf16_for_cpu = False
     side, expected = processor.image_processor.size["longest_edge"], model.config.vision_config.image_size
     if side != expected:
         raise UnusableModel(f"{base}: its processor makes images of {side} pixels, the model takes {expected}.")
@@ -86,7 +91,7 @@ def lora_config(model: PreTrainedModel, args: Namespace) -> LoraConfig:
         lora_alpha=args.alpha,
         lora_dropout=args.dropout,
         target_modules=targets,
-        modules_to_save=["mask_decoder"] if args.train_decoder == "full" else None,
+        modules_to_save=decoder_modules(model) if args.train_decoder == "full" else None,
         use_dora=args.dora,
         use_rslora=args.rslora,
         task_type="FEATURE_EXTRACTION",  # without one PEFT notes the hashed name of a code file
@@ -115,8 +120,33 @@ def vision_targets(model: PreTrainedModel, names: list[str], last_layers: int | 
     return [path for paths in found.values() for path in paths]
 
 
-def trained(model: PreTrainedModel, folder: Path) -> PreTrainedModel | PeftModel:
-    """Returns `model`, a fresh base, with the adapter in `folder`, or else the whole model that is there."""
+def decoder_modules(model: PreTrainedModel) -> list[str]:
+    """Returns the modules that hold the decoder's weights; PEFT 0.18 cannot call the decoder as a whole."""
+    return [
+        f"mask_decoder.{path}"
+        for path, module in model.mask_decoder.named_modules()
+        if any(True for _ in module.parameters(recurse=False))
+    ]
+
+
+def trained(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """Returns `model`, a fresh base, with the adapter in `folder` merged, or else the whole model that is there."""
     if (folder / "adapter_config.json").exists():
-        return PeftModel.from_pretrained(model, folder)
+        return PeftModel.from_pretrained(model, folder).merge_and_unload()
     return split_class().from_pretrained(folder)
+
+
+def load_trained(
+    adapter: str, base: str | None = None, revision: str | None = None
+) -> tuple[PreTrainedModel, SamProcessor]:
+    """Loads an adapter, merged into its base, which it names if it is not given, and the base's processor.
+
+    Raises:
+        UnusableModel: If there is none, or the base is not one.
+    """
+    try:
+        config = PeftConfig.from_pretrained(adapter)
+    except (OSError, ValueError) as error:
+        raise UnusableModel(f"{adapter}: not an adapter: {str(error).splitlines()[0]}") from error
+    model, processor = load_base(base or config.base_model_name_or_path, revision or config.revision)
+    return PeftModel.from_pretrained(model, adapter).merge_and_unload(), processor

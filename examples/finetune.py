@@ -21,7 +21,7 @@ from peft import PeftModel
 from prompts import KINDS
 from results import write_results
 from samples import Split, split
-from training import build_trainer, build_training_args, validate
+from training import build_trainer, build_training_args, metrics_of
 from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -155,12 +155,14 @@ def finetune(args: argparse.Namespace) -> None:
     say(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
     checkpoint = start(args, training_args.world_size, is_main)
 
+    # Not by evaluate(), after which the model counts as prepared: each process would train for itself.
+    training_args.eval_on_start = checkpoint is None
     trainer = build_trainer(args, training_args, model, processor, found, mask_side)
-    before = validate(trainer, "before")
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.perf_counter() - started
-    after = validate(trainer, "after")
+    before = metrics_of(next(entry for entry in trainer.state.log_history if "eval_iou" in entry))
+    after = metrics_of(trainer.evaluate())
 
     folder = args.output / ("adapter" if isinstance(model, PeftModel) else "model")
     trainer.save_model(str(folder))  # by all processes, which may each hold a part of it

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from adapted_model import load_base, trained
 from huggingface_hub import HfApi, ModelCard, ModelCardData
-from peft import PeftModel
 from pictures import plot_curves, plot_masks
 from prompts import OUTSIDE, Collator, ValidationSet
 from transformers import PreTrainedModel, SamModel
@@ -33,9 +32,7 @@ def write_results(args: argparse.Namespace, folder: Path, metrics: dict[str, Any
     shown = np.unique(np.linspace(0, len(validation) - 1, NUM_PICTURES).astype(int)).tolist()
     masks = {"before": [predict(base, validation, index, args.multimask)[0] for index in shown]}
     model = trained(base, folder).eval()
-    if isinstance(model, PeftModel):
-        model = model.merge_and_unload()
-    else:
+    if folder.name == "model":
         processor.save_pretrained(folder)
     masks["after"] = [predict(model, validation, index, args.multimask)[0] for index in shown]
     rows = [

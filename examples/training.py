@@ -1,6 +1,7 @@
 """How `Trainer` is set up for masks and prompts."""
 
 import argparse
+import os
 import time
 from typing import Any
 
@@ -25,7 +26,8 @@ def build_training_args(args: argparse.Namespace) -> TrainingArguments:
     """Settings for `Trainer`.
 
     Raises:
-        UnusableModel: If this is one process that sees several GPUs, among which it would divide batches its own way.
+        UnusableModel: If this is one process where several were asked for, or where it would divide its batches among
+            several GPUs in its own way.
     """
     # Reentrant checkpoints would run backward below the adapted layers.
     settings = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
@@ -60,6 +62,11 @@ def build_training_args(args: argparse.Namespace) -> TrainingArguments:
         use_cpu=not torch.accelerator.is_available(),
         seed=args.seed,
     )
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ and training_args.world_size == 1:
+        raise UnusableModel(
+            "accelerate launch was asked for several processes and started one, as it does on CPUs without MPI: use "
+            "accelerate launch --multi_gpu --num_processes N, which starts N processes on CPUs as well."
+        )
     if training_args.n_gpu > 1:
         raise UnusableModel(
             f"One process sees {training_args.n_gpu} GPUs: start one for each with accelerate launch --num_processes "
@@ -137,11 +144,11 @@ class StopAfter(TrainerCallback):
             control.should_evaluate = control.should_save = control.should_training_stop = True
 
 
-def validate(trainer: Trainer, name: str) -> dict[str, float]:
-    """Returns the metrics of the validation set, without the speed."""
-    metrics = trainer.evaluate(metric_key_prefix=name)
+def metrics_of(logged: dict[str, float]) -> dict[str, float]:
+    """The metrics of a validation, of all that `Trainer` logged of it."""
+    speed = ("runtime", "per_second", "preparation_time")
     return {
-        key.removeprefix(f"{name}_"): value
-        for key, value in metrics.items()
-        if not key.endswith(("runtime", "per_second", "epoch", "preparation_time"))
+        name.removeprefix("eval_"): value
+        for name, value in logged.items()
+        if name.startswith("eval_") and not name.endswith(speed)
     }
