@@ -245,6 +245,6 @@ def read_tiff(path: Path) -> np.ndarray:
     with tifffile.TiffFile(path) as file:
         if len(file.pages) != 1:
             raise ValueError(f"it has {len(file.pages)} pages; expected one.")
-        page = file.pages[0]
+        page = file.pages.first
         one_plane_after_the_other = page.planarconfig == tifffile.PLANARCONFIG.SEPARATE and page.ndim == 3
         return np.moveaxis(page.asarray(), 0, 2) if one_plane_after_the_other else page.asarray()

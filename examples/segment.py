@@ -16,6 +16,7 @@ from images_and_masks import read_image
 from pictures import overlay
 from PIL import Image
 from transformers import PreTrainedModel, SamProcessor, pipeline
+from transformers.utils import is_torchvision_available
 
 from staging import ROOT
 
@@ -32,7 +33,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (UnusableModel, ValueError) as error:
         sys.exit(str(error))
     if args.everything:
-        masks = everything(model, processor, image)
+        masks = everything(model, processor, image, args.grid, args.min_iou, args.min_stability)
     else:
         masks = prompted(model, processor, image, args.point, args.box, args.multimask)
     overlay_path, labels_path = (
@@ -47,12 +48,17 @@ def main(arguments: list[str] | None = None) -> None:
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("image", type=Path, help="PNG, JPEG or TIFF")
-    number = {"type": float, "action": "append", "default": []}
-    parser.add_argument("--point", nargs=2, metavar=("X", "Y"), help="in an object; again for the next one", **number)
-    parser.add_argument(
-        "--box", nargs=4, metavar=("LEFT", "TOP", "RIGHT", "BOTTOM"), help="around an object", **number
-    )
+    for name, numbers, text in (
+        ("--point", ("X", "Y"), "in an object; again for the next one"),
+        ("--box", ("LEFT", "TOP", "RIGHT", "BOTTOM"), "around an object; again for the next one"),
+    ):
+        parser.add_argument(
+            name, nargs=len(numbers), type=float, action="append", default=[], metavar=numbers, help=text
+        )
     parser.add_argument("--everything", action="store_true", help="all objects, found from a grid of points")
+    parser.add_argument("--grid", type=int, default=32, help="points along a side of it")
+    parser.add_argument("--min-iou", type=float, default=0.88, help="that the model must expect of a mask")
+    parser.add_argument("--min-stability", type=float, default=0.95, help="of a mask, if its threshold is shifted")
     parser.add_argument("--multimask", action="store_true", help="choose among three masks per prompt")
     parser.add_argument("--base", help="folder or Hub id of a SAM v1 (default: that of the adapter, or sam-tiny)")
     parser.add_argument("--revision", help="of the base, on the Hub")
@@ -63,6 +69,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("expected --point or --box, or else --everything.")
     if args.point and args.box:
         parser.error("--point and --box are both given: expected one kind of prompt.")
+    if args.everything and not is_torchvision_available():
+        parser.error("--everything drops duplicate masks with torchvision: pip install torchvision.")
     return args
 
 
@@ -111,11 +119,22 @@ def prompted(
     return masks[:, 0].numpy()
 
 
-def everything(model: PreTrainedModel, processor: SamProcessor, image: np.ndarray) -> np.ndarray:
+def everything(
+    model: PreTrainedModel,
+    processor: SamProcessor,
+    image: np.ndarray,
+    grid: int,
+    min_iou: float,
+    min_stability: float,
+) -> np.ndarray:
     """Returns the masks of all objects that the model is sure of (objects, H, W), the largest first."""
-    generate = pipeline("mask-generation", model=model, image_processor=processor.image_processor, device=DEVICE)
-    masks = generate(Image.fromarray(image), points_per_batch=64)["masks"]
-    masks = np.array([np.asarray(mask) for mask in masks], dtype=bool).reshape(-1, *image.shape[:2])
+    # As stock SAM: the pipeline logs an error for classes that it does not know.
+    generate = pipeline(
+        "mask-generation", model=model.to_sam().eval(), image_processor=processor.image_processor, device=DEVICE
+    )
+    limits = {"pred_iou_thresh": min_iou, "stability_score_thresh": min_stability}
+    found = generate(Image.fromarray(image), points_per_batch=64, points_per_crop=grid, **limits)["masks"]
+    masks = np.array([np.asarray(mask) for mask in found], dtype=bool).reshape(-1, *image.shape[:2])
     return masks[np.argsort(-masks.sum((1, 2)))]
 
 
