@@ -158,9 +158,9 @@ def finetune(args: argparse.Namespace) -> None:
     # Not by evaluate(), after which the model counts as prepared: each process would train for itself.
     training_args.eval_on_start = checkpoint is None
     trainer = build_trainer(args, training_args, model, processor, found, mask_side)
-    started, loaded = time.perf_counter(), peak_memory()
+    started, cpu_started, loaded = time.perf_counter(), time.process_time(), peak_memory()
     trainer.train(resume_from_checkpoint=checkpoint)
-    seconds = time.perf_counter() - started
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
     before = metrics_of(next(entry for entry in trainer.state.log_history if "eval_iou" in entry))
     after = metrics_of(trainer.evaluate())
 
@@ -181,6 +181,7 @@ def finetune(args: argparse.Namespace) -> None:
         "steps": trainer.state.global_step,
         "best_step": trainer.state.best_global_step,
         "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
         "peak_gigabytes": (peak_memory() - loaded) / 1e9,  # above what it took to load all
         "history": trainer.state.log_history,
     }

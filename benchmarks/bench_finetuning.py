@@ -1,10 +1,11 @@
 """What fine-tuning costs and brings, by what is trained: runs examples/finetune.py on the coins, once for each row.
 
-python benchmarks/finetune.py --parts methods --steps 300
+python benchmarks/bench_finetuning.py --parts methods --steps 300
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -34,7 +35,7 @@ def main() -> None:
     args = parse_args()
     for part in args.parts:
         rows = {
-            title: min((measure(args, options) for _ in range(args.rounds)), key=lambda run: run["seconds"])
+            title: min((measure(args, options) for _ in range(args.rounds)), key=lambda run: run["cpu_seconds"])
             for title, options in tqdm(PARTS[part].items(), desc=part)
         }
         print(table(rows))
@@ -53,25 +54,29 @@ def measure(args: argparse.Namespace, options: list[str]) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder, "run")
         command = [sys.executable, str(RECIPE), "--output", str(output), "--steps", str(args.steps)]
-        process = subprocess.run([*command, *options, *args.options], capture_output=True, text=True, check=False)
+        # CPU time of one thread, which other programs on the machine change little
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        process = subprocess.run(
+            [*command, *options, *args.options], capture_output=True, text=True, check=False, env=environment
+        )
         if process.returncode:
             raise RuntimeError(f"{' '.join(command)} failed:\n{process.stderr}")
         return json.loads((output / "metrics.json").read_text())
 
 
 def table(rows: dict[str, dict]) -> str:
-    """Markdown; time and memory as shares of the first row's."""
+    """Markdown; CPU time and memory as shares of the first row's."""
     first = next(iter(rows.values()))
     lines = [
-        "| trained | weights trained | mean IoU before | after | time per step | peak memory |",
+        "| trained | weights trained | mean IoU before | after | CPU time per step | peak memory |",
         "|---|---|---|---|---|---|",
     ]
     for title, run in rows.items():
         lines.append(
             f"| {title} | {run['trainable_parameters']:,} | {run['before']['iou']:.3f} | {run['after']['iou']:.3f} "
-            f"| {run['seconds'] / first['seconds']:.2f} | {run['peak_gigabytes'] / first['peak_gigabytes']:.2f} |"
+            f"| {run['cpu_seconds'] / first['cpu_seconds']:.2f} | {run['peak_gigabytes'] / first['peak_gigabytes']:.2f} |"
         )
-    seconds = first["seconds"] / first["steps"]
+    seconds = first["cpu_seconds"] / first["steps"]
     return "\n".join(
         [*lines, "", f"Times and memory are shares of {seconds:.2f} s and {first['peak_gigabytes']:.2f} GB."]
     )
