@@ -72,9 +72,10 @@ def table(rows: dict[str, dict]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for title, run in rows.items():
+        time, memory = (run[key] / first[key] for key in ("cpu_seconds", "peak_gigabytes"))
         lines.append(
             f"| {title} | {run['trainable_parameters']:,} | {run['before']['iou']:.3f} | {run['after']['iou']:.3f} "
-            f"| {run['cpu_seconds'] / first['cpu_seconds']:.2f} | {run['peak_gigabytes'] / first['peak_gigabytes']:.2f} |"
+            f"| {time:.2f} | {memory:.2f} |"
         )
     seconds = first["cpu_seconds"] / first["steps"]
     return "\n".join(

@@ -8,12 +8,12 @@ Without images it learns from a part of a photograph of coins, with a small SAM 
 
 import argparse
 import json
-import resource
 import sys
 import time
 from pathlib import Path
 
 import huggingface_hub
+import psutil
 import torch
 from adapted_model import UnusableModel, four_bits, load_base, make_trainable
 from images_and_masks import BadData, Coins, coco_images, paired_files
@@ -257,6 +257,10 @@ def peak_memory() -> float:
     """The most bytes that this process has held: of the GPU, or where there is none, of memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource  # which Windows does not have
+
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kilobytes if sys.platform == "darwin" else kilobytes * 1024
 

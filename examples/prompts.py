@@ -204,12 +204,14 @@ def draw_points(
 
     With `central`, the first is the one deepest inside.
     """
-    inside, beside = np.argwhere(mask), np.argwhere(surroundings(mask) & ~mask)
+    inside = np.argwhere(mask)
     points = inside[rng.integers(len(inside), size=positive)]
-    labels = [1] * positive + [0 if len(beside) else PADDING] * negative
+    labels = [1] * positive
     if central:
         points[0] = deepest(mask)
     if negative:
+        beside = np.argwhere(surroundings(mask) & ~mask)
+        labels += [0 if len(beside) else PADDING] * negative
         beside = beside if len(beside) else np.zeros((1, 2), dtype=int)
         points = np.concatenate([points, beside[rng.integers(len(beside), size=negative)]])
     return [[float(column), float(row)] for row, column in points], labels
@@ -217,8 +219,11 @@ def draw_points(
 
 def deepest(mask: np.ndarray) -> np.ndarray:
     """The (row, column) in `mask` that is farthest from what is not."""
-    depth = ndimage.distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1]
-    return np.array(np.unravel_index(depth.argmax(), depth.shape))
+    left, top, right, bottom = (int(edge) for edge in box_of(mask))
+    part = np.pad(mask[top : bottom + 1, left : right + 1], 1)  # the rest of a large image is of no interest
+    depth = ndimage.distance_transform_edt(part)[1:-1, 1:-1]
+    row, column = np.unravel_index(depth.argmax(), depth.shape)
+    return np.array([row + top, column + left])
 
 
 def surroundings(mask: np.ndarray) -> np.ndarray:

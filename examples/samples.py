@@ -26,7 +26,7 @@ class Sample:
         return image[self.window], labels[self.window]
 
 
-@functools.lru_cache(maxsize=32)
+@functools.lru_cache(maxsize=8)  # the images may be large, and many tiles be of the same
 def read_cached(source: Source) -> tuple[np.ndarray, np.ndarray]:
     return source.read()
 

@@ -14,6 +14,7 @@ import finetune
 import numpy as np
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
 from adapted_model import UnusableModel, load_base, make_trainable, trained
 from conftest import assert_same_outputs
 from huggingface_hub import HfApi
@@ -193,6 +194,14 @@ def test_a_launch_that_starts_one_process_of_two_is_refused(photos, tmp_path, mo
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     with pytest.raises(SystemExit, match="accelerate launch --multi_gpu"):
         run(tmp_path / "run", *photos, *SMALL_RUN)
+
+
+@pytest.mark.parametrize("name", ["fsdp", "two_machines"])
+def test_worked_configurations_are_accelerates_own(name, load):
+    config = load_config_from_file(str(ROOT / "examples" / "accelerate" / f"{name}.yaml"))
+    assert config.num_processes >= 2
+    if name == "fsdp":
+        assert config.fsdp_config["fsdp_transformer_layer_cls_to_wrap"] in load()._no_split_modules
 
 
 VISION_LORA = r"vision_encoder\.layers\.\d\.attn\.[qv]\.lora_[AB]\.default\.weight"
