@@ -6,7 +6,6 @@ from argparse import Namespace
 from pathlib import Path
 
 import torch
-from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import AutoProcessor, BitsAndBytesConfig, PreTrainedModel, SamProcessor
 
@@ -39,7 +38,7 @@ def load_base(
             f"{base}: not a SAM v1 checkpoint with a processor: {str(error).splitlines()[0]}"
         ) from error
     for module in model.modules():
-        if isinstance(module, Linear4bit):
+        if hasattr(module, "support_avx512bf16_for_cpu"):
             # In evaluation bitsandbytes packs the weights for some CPUs, and does not unpack them for training.
             module.support_avx512bf16_for_cpu = False
     side, expected = processor.image_processor.size["longest_edge"], model.config.vision_config.image_size

@@ -215,7 +215,7 @@ def read_data(args: argparse.Namespace, mask_side: int) -> tuple[Split, str]:
     found = split(sources, mask_side, validation, args.tile, args.overlap, args.min_area, args.seed)
     found.notes[:0] = notes
     number = "1 image" if len(sources) == 1 else f"{len(sources)} images"
-    return found, f"{number} of {args.images.name}" if args.images else "A photograph of coins"
+    return found, f"{number} from {args.images.name}" if args.images else "A photograph of coins"
 
 
 def parameter_counts(model: torch.nn.Module) -> tuple[int, int]:

@@ -45,7 +45,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder = tmp_path_factory.mktemp("photos")
     for number in range(6):
         labels = np.roll(blocks(), number, axis=1)
-        if number == 0:  # processes validate on different numbers of objects
+        if number % 2:  # processes validate on different numbers of objects
             labels[labels == 300] = 0
         save_pair(folder, f"photo{number}", labels)
     return ["--images", str(folder / "images"), "--masks", str(folder / "masks"), "--validation", "0.5"]
@@ -91,7 +91,7 @@ def test_leaves_everything_behind(whole_run):
     }
     assert all((output / name).stat().st_size > 5000 for name in ("curves.png", "masks.png"))
     assert metrics["steps"] == 4
-    assert metrics["objects"] == {"train": 18, "validation": 18} or sum(metrics["objects"].values()) == 35
+    assert sum(metrics["objects"].values()) == 6 * 6 - 3 and metrics["objects"]["validation"] % 3
 
 
 def test_adapter_says_where_it_comes_from(whole_run):
