@@ -51,7 +51,7 @@ def test_demo_runs(tmp_path):
     )
     assert "trainable params: 36,864" in output
     assert "the same masks" in output
-    assert (tmp_path / "coins.png").stat().st_size > 10_000
+    assert (tmp_path / "finetune" / "masks.png").stat().st_size > 10_000
 
 
 def test_model_card_metadata():
