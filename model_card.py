@@ -11,7 +11,7 @@ from staging import ROOT
 
 
 SECTIONS = ("Quick start", "LoRA", "Back to stock", "What differs from `SamModel`", "Supported versions", "Limits")
-STAYS_HERE = (r" \(`demo\.py`[^)]*\)", r"\n\nThe full pins are in `requirements/`\.")
+STAYS_HERE = (r" \(see \[below\]\([^)]*\)\)", r"\n\nThe full pins are in `requirements/`\.")
 PLACEHOLDER = "<user>/sam-vit-base-split"
 
 CHECKPOINT = """\

@@ -58,6 +58,7 @@ def test_base_without_a_card(base_dir: Path) -> None:
 def test_it_names_nothing_that_stays_here(folder: Path) -> None:
     text = model_card("user/sam", "someone/sam", folder, FIGURES)
     assert "<user>" not in text
+    assert "](#" not in text
     there = {"config.json", "processor_config.json", *(path.name for path in ROOT.glob("*_sam_split.py"))}
     for name in re.findall(r"`([\w/]+(?:\.(?:py|md|json|txt)|/))`|(make \w+)", text):
         assert name[0] in there, f"add a pattern for {name} to STAYS_HERE, or leave its section out"
