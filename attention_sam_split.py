@@ -2,8 +2,9 @@
 
 Shapes: B images of rows x columns tokens, C channels. Attention sees them as R x S windows of H x W tokens (R counts
 the rows of windows of all images, S those in a row; without windows R = B and S = 1), in h heads of d channels each.
-In each of the G = R * S * h groups, N = H * W tokens attend to each other. Relative positions are tables (H, H, d) and
-(W, W, d), of one vector for each coordinate of a query and of a key.
+In each of the G = R * S * h groups, N = H * W tokens attend to each other. `qkv` holds queries, keys and values, in this
+order, along a first axis of 3. Relative positions are tables (H, H, d) and (W, W, d), of one vector for each coordinate
+of a query and of a key.
 """
 
 import itertools
@@ -20,54 +21,49 @@ from torch.autograd.function import once_differentiable
 RelPos = tuple[torch.Tensor, torch.Tensor]
 
 
-def pad_to_windows(states: torch.Tensor, padding: torch.Tensor, window: tuple[int, int]) -> torch.Tensor:
-    """Fills `states` (B, rows, columns, C) up to whole windows with `padding` (C,), to the right and below."""
-    batch_size, rows, columns, channels = states.shape
+def pad_to_windows(qkv: torch.Tensor, padding: torch.Tensor, window: tuple[int, int]) -> torch.Tensor:
+    """Fills `qkv` (3, B, rows, columns, C) up to whole windows with `padding` (3, 1, 1, 1, C), to the right and below."""
+    _, batch_size, rows, columns, channels = qkv.shape
     height, width = (-(-tokens // size) * size for tokens, size in zip((rows, columns), window, strict=True))
-    padded = padding.expand(batch_size, height, width, channels).clone()
-    padded[:, :rows, :columns] = states
+    padded = padding.expand(3, batch_size, height, width, channels).clone()
+    padded[:, :, :rows, :columns] = qkv
     return padded
 
 
-def split_windows_and_heads(states: torch.Tensor, window: tuple[int, int], num_heads: int) -> torch.Tensor:
-    """Views `states` (B, rows, columns, C), whole windows, as (R, S, h, H, W, d)."""
-    batch_size, rows, columns, _ = states.shape
+def split_windows_and_heads(qkv: torch.Tensor, window: tuple[int, int], num_heads: int) -> torch.Tensor:
+    """Views `qkv` (3, B, rows, columns, C), whole windows, as (3, R, S, h, H, W, d)."""
+    _, batch_size, rows, columns, _ = qkv.shape
     height, width = window
-    states = states.view(batch_size * rows // height, height, columns // width, width, num_heads, -1)
-    return states.permute(0, 2, 4, 1, 3, 5)
+    qkv = qkv.view(3, batch_size * rows // height, height, columns // width, width, num_heads, -1)
+    return qkv.permute(0, 1, 3, 5, 2, 4, 6)
 
 
 def merge_windows_and_heads(states: torch.Tensor, batch_size: int) -> torch.Tensor:
-    """The inverse of `split_windows_and_heads`: (R, S, h, H, W, d) as (B, rows, columns, C)."""
+    """Views (R, S, h, H, W, d) as (B, rows, columns, C), as `split_windows_and_heads` had its parts."""
     window_rows, window_columns, num_heads, height, width, head_dim = states.shape
     rows, columns = window_rows // batch_size * height, window_columns * width
     return states.permute(0, 3, 1, 4, 2, 5).reshape(batch_size, rows, columns, num_heads * head_dim)
 
 
-def eager_attention(
-    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rel_pos: RelPos | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def eager_attention(module: Any, qkv: torch.Tensor, rel_pos: RelPos | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention (R, S, h, H, W, d) with every step spelt out, and its weights (G, N, N) before dropout."""
-    q, k, v = (tokens(states) for states in (query, key, value))
+    q, k, v = (tokens(states) for states in qkv)
     attn_weights = (q * module.scale) @ k.mT
     if rel_pos is not None:
-        attn_weights = attn_weights + relative_position_bias(query, *rel_pos)
-    attn_weights = F.softmax(attn_weights, dim=-1, dtype=torch.float32).to(query.dtype)
+        attn_weights = attn_weights + relative_position_bias(qkv[0], *rel_pos)
+    attn_weights = F.softmax(attn_weights, dim=-1, dtype=torch.float32).to(qkv.dtype)
     attn_probs = F.dropout(attn_weights, module.dropout, module.training)
-    return (attn_probs @ v).view(query.shape), attn_weights
+    return (attn_probs @ v).view(qkv[0].shape), attn_weights
 
 
-def sdpa_attention(
-    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rel_pos: RelPos | None
-) -> tuple[torch.Tensor, None]:
+def sdpa_attention(module: Any, qkv: torch.Tensor, rel_pos: RelPos | None) -> tuple[torch.Tensor, None]:
     """Attention (R, S, h, H, W, d) by PyTorch's fused kernels, in tiles where there is a bias."""
     dropout = module.dropout if module.training else 0.0
     # Dropout could not be drawn again, tile by tile, for backward; and an exported graph has no use for a long loop.
     if rel_pos is not None and not dropout and not torch.compiler.is_exporting():
-        tile_bytes = module.config.attention_tile_bytes
-        return TiledAttention.apply(query, key, value, *rel_pos, module.scale, tile_bytes), None
-    bias = None if rel_pos is None else relative_position_bias(query, *rel_pos)
-    return _sdpa(query, key, value, bias, module.scale, dropout), None
+        return TiledAttention.apply(qkv, *rel_pos, module.scale, module.config.attention_tile_bytes), None
+    bias = None if rel_pos is None else relative_position_bias(qkv[0], *rel_pos)
+    return _sdpa(*qkv, bias, module.scale, dropout), None
 
 
 ATTENTION_FUNCTIONS: dict[str, Callable] = {"eager": eager_attention, "sdpa": sdpa_attention}
@@ -103,13 +99,13 @@ class TiledAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, query, key, value, rel_pos_h, rel_pos_w, scale, tile_bytes):
+    def forward(ctx, qkv, rel_pos_h, rel_pos_w, scale, tile_bytes):
         """Returns the attended values (R, S, h, H, W, d)."""
-        output = torch.empty_like(query)
-        qkv = torch.stack((query, key, value))  # one copy, after which the tokens of every tile need none
-        query, key, value = qkv
+        output = torch.empty_like(qkv[0])
+        qkv = qkv.contiguous()  # one copy, after which the tokens of every tile need none
         ctx.save_for_backward(qkv, rel_pos_h, rel_pos_w)
         ctx.scale, ctx.tile_bytes = scale, tile_bytes
+        query, key, value = qkv
         for tile, (scores,) in tiles(query, tile_bytes, query.dtype):
             group, (rows, columns) = tile[:3], tile[3:]
             bias = relative_position_bias(query[tile], rel_pos_h[rows], rel_pos_w[columns], out=scores)
@@ -120,27 +116,25 @@ class TiledAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_output):
         """Returns the gradients of what `forward` took."""
-        qkv, *rel_pos = ctx.saved_tensors
         device = grad_output.device.type  # autocast's dtypes would mix with those chosen below; "meta" has none
         with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
-            return *_tiled_gradients(grad_output, ctx.scale, ctx.tile_bytes, *qkv, *rel_pos), None, None
+            return *_tiled_gradients(grad_output, ctx.scale, ctx.tile_bytes, *ctx.saved_tensors), None, None
 
 
 def _tiled_gradients(
     grad_output: torch.Tensor,
     scale: float,
     tile_bytes: int,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    qkv: torch.Tensor,
     rel_pos_h: torch.Tensor,
     rel_pos_w: torch.Tensor,
 ) -> Iterator[torch.Tensor]:
-    """The gradients of the five inputs, in their dtypes, but computed in at least fp32."""
-    inputs = query, key, value, rel_pos_h, rel_pos_w
-    dtype = torch.promote_types(query.dtype, torch.float32)
+    """The gradients of the last three, in their dtypes, but computed in at least fp32."""
+    inputs = qkv, rel_pos_h, rel_pos_w
+    dtype = torch.promote_types(qkv.dtype, torch.float32)
     grads = tuple(torch.zeros_like(tensor, dtype=dtype) for tensor in inputs)
-    grad_query, grad_key, grad_value, grad_rel_pos_h, grad_rel_pos_w = grads
+    (grad_query, grad_key, grad_value), grad_rel_pos_h, grad_rel_pos_w = grads
+    query, key, value = qkv
     for tile, (probs, scores) in tiles(query, tile_bytes, dtype, dtype):
         group, (rows, columns) = tile[:3], tile[3:]
         q, g = (tokens(states[tile].to(dtype)) for states in (query, grad_output))  # (g, n, d), n queries of the tile

@@ -123,7 +123,7 @@ class SamVisionAttentionSplit(SamVisionAttention):
         """Returns the attended `hidden_states` (B, H, W, C) and, from `eager` only, the weights (G, N, N)."""
         batch_size, height, width, _ = hidden_states.shape
         window = (self.window_size, self.window_size) if self.window_size else (height, width)
-        projections = (self.project(linear, hidden_states, window) for linear in (self.q, self.k, self.v))
+        qkv = split_windows_and_heads(self.project(hidden_states, window), window, self.num_attention_heads)
         rel_pos = None
         if self.use_rel_pos:
             rel_pos = tuple(
@@ -131,20 +131,26 @@ class SamVisionAttentionSplit(SamVisionAttention):
                 for size, table in zip(window, (self.rel_pos_h, self.rel_pos_w), strict=True)
             )
         attention = ATTENTION_FUNCTIONS[self.config._attn_implementation]
-        attn_output, attn_weights = attention(self, *projections, rel_pos)
+        attn_output, attn_weights = attention(self, qkv, rel_pos)
         attn_output = merge_windows_and_heads(attn_output, batch_size)[:, :height, :width]
         return self.proj(attn_output.contiguous()), attn_weights  # a slice would make Linear slow
 
-    def project(self, linear: nn.Module, hidden_states: torch.Tensor, window: tuple[int, int]) -> torch.Tensor:
-        """Applies `linear` to `hidden_states` (B, H, W, C) and cuts the result into windows and heads."""
+    def project(self, hidden_states: torch.Tensor, window: tuple[int, int]) -> torch.Tensor:
+        """Returns queries, keys and values (3, B, H', W', C) of `hidden_states` (B, H, W, C) and its padding."""
+        linears = (self.q, self.k, self.v)
         # Dropout in an adapter would keep two tensors as large as its input.
-        keeps_much = any(isinstance(module, nn.Dropout) for module in linear.modules())
-        states = recompute(self, linear, hidden_states) if keeps_much else linear(hidden_states)
-        if any(tokens % size for tokens, size in zip(hidden_states.shape[1:3], window, strict=True)):
-            # The padding is of zeros before the projection. It attends and is attended to, so it is projected too.
-            padding = linear(torch.zeros_like(hidden_states[:1, :1, :1]))
-            states = pad_to_windows(states, padding, window)
-        return split_windows_and_heads(states, window, self.num_attention_heads)
+        keep_much = [any(isinstance(module, nn.Dropout) for module in linear.modules()) for linear in linears]
+        qkv = torch.stack(
+            [
+                recompute(self, linear, hidden_states) if keeps_much else linear(hidden_states)
+                for linear, keeps_much in zip(linears, keep_much, strict=True)
+            ]
+        )
+        if all(tokens % size == 0 for tokens, size in zip(hidden_states.shape[1:3], window, strict=True)):
+            return qkv
+        # The padding is of zeros before the projection. It attends and is attended to, so it is projected too.
+        zeros = torch.zeros_like(hidden_states[:1, :1, :1])
+        return pad_to_windows(qkv, torch.stack([linear(zeros) for linear in linears]), window)
 
     def get_rel_pos(self, q_size: int, k_size: int, rel_pos: torch.Tensor) -> torch.Tensor:
         """As in `SamVisionAttention`, without interpolating a table (2 * size - 1, d) that has the right length."""

@@ -5,6 +5,7 @@ python benchmarks/bench.py --rounds 3
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -78,7 +79,9 @@ def machine(device: str) -> dict[str, str]:
     if device == "cuda":
         name = torch.cuda.get_device_name()
     versions = {package: version(package) for package in ("torch", "transformers", "peft")}
-    return {"device": name, "threads": str(torch.get_num_threads()), "libc": " ".join(platform.libc_ver()), **versions}
+    allocator = {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")}
+    libc = " ".join(platform.libc_ver())
+    return {"device": name, "threads": str(torch.get_num_threads()), "libc": libc, **allocator, **versions}
 
 
 def measure(implementation: str, task: str, args: argparse.Namespace, **changes) -> dict[str, float]:

@@ -68,10 +68,10 @@ def test_gradcheck():
     tiled_attention = importlib.import_module(
         split_class().__module__.replace("modeling_sam_split", "attention_sam_split")
     ).TiledAttention
-    states = [torch.randn(2, 1, 2, 2, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    qkv = torch.randn(3, 2, 1, 2, 2, 3, 4, dtype=torch.float64, requires_grad=True)
     tables = [torch.randn(size, size, 4, dtype=torch.float64, requires_grad=True) for size in (2, 3)]
     for tile_bytes in (1, 200, 2**20):
-        assert torch.autograd.gradcheck(tiled_attention.apply, (*states, *tables, 0.5, tile_bytes))
+        assert torch.autograd.gradcheck(tiled_attention.apply, (qkv, *tables, 0.5, tile_bytes))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
