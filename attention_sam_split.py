@@ -2,9 +2,9 @@
 
 Shapes: B images of rows x columns tokens, C channels. Attention sees them as R x S windows of H x W tokens (R counts
 the rows of windows of all images, S those in a row; without windows R = B and S = 1), in h heads of d channels each.
-In each of the G = R * S * h groups, N = H * W tokens attend to each other. `qkv` holds queries, keys and values, in this
-order, along a first axis of 3. Relative positions are tables (H, H, d) and (W, W, d), of one vector for each coordinate
-of a query and of a key.
+In each of the G = R * S * h groups, N = H * W tokens attend to each other. `qkv` holds queries, keys and values, along
+its first axis. Relative positions are tables (H, H, d) and (W, W, d), of one vector for each coordinate of a query and
+of a key.
 """
 
 import itertools
@@ -22,7 +22,7 @@ RelPos = tuple[torch.Tensor, torch.Tensor]
 
 
 def pad_to_windows(qkv: torch.Tensor, padding: torch.Tensor, window: tuple[int, int]) -> torch.Tensor:
-    """Fills `qkv` (3, B, rows, columns, C) up to whole windows with `padding` (3, 1, 1, 1, C), to the right and below."""
+    """Fills `qkv` (3, B, rows, columns, C) to the right and below with `padding` (3, 1, 1, 1, C), to whole windows."""
     _, batch_size, rows, columns, channels = qkv.shape
     height, width = (-(-tokens // size) * size for tokens, size in zip((rows, columns), window, strict=True))
     padded = padding.expand(3, batch_size, height, width, channels).clone()
@@ -39,7 +39,7 @@ def split_windows_and_heads(qkv: torch.Tensor, window: tuple[int, int], num_head
 
 
 def merge_windows_and_heads(states: torch.Tensor, batch_size: int) -> torch.Tensor:
-    """Views (R, S, h, H, W, d) as (B, rows, columns, C), as `split_windows_and_heads` had its parts."""
+    """The inverse of `split_windows_and_heads` for one of the three: (R, S, h, H, W, d) as (B, rows, columns, C)."""
     window_rows, window_columns, num_heads, height, width, head_dim = states.shape
     rows, columns = window_rows // batch_size * height, window_columns * width
     return states.permute(0, 3, 1, 4, 2, 5).reshape(batch_size, rows, columns, num_heads * head_dim)
