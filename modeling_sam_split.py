@@ -137,15 +137,14 @@ class SamVisionAttentionSplit(SamVisionAttention):
 
     def project(self, hidden_states: torch.Tensor, window: tuple[int, int]) -> torch.Tensor:
         """Returns queries, keys and values (3, B, H', W', C) of `hidden_states` (B, H, W, C) and its padding."""
+
+        def apply(linear: nn.Module) -> torch.Tensor:
+            # Dropout in an adapter would keep two tensors as large as its input.
+            has_dropout = any(isinstance(module, nn.Dropout) for module in linear.modules())
+            return recompute(self, linear, hidden_states) if has_dropout else linear(hidden_states)
+
         linears = (self.q, self.k, self.v)
-        # Dropout in an adapter would keep two tensors as large as its input.
-        keep_much = [any(isinstance(module, nn.Dropout) for module in linear.modules()) for linear in linears]
-        qkv = torch.stack(
-            [
-                recompute(self, linear, hidden_states) if keeps_much else linear(hidden_states)
-                for linear, keeps_much in zip(linears, keep_much, strict=True)
-            ]
-        )
+        qkv = torch.stack([apply(linear) for linear in linears])
         if all(tokens % size == 0 for tokens, size in zip(hidden_states.shape[1:3], window, strict=True)):
             return qkv
         # The padding is of zeros before the projection. It attends and is attended to, so it is projected too.
