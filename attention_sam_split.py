@@ -143,10 +143,10 @@ def _tiled_gradients(
 
         relative_position_bias(query[tile].to(dtype), *tables, out=scores)
         torch.softmax(scores.baddbmm_(q, k.mT, alpha=scale), -1, out=probs)
-        grad_value[group] += (probs.mT @ g).view(grad_value[group].shape)
+        grad_value[group].view(v.shape).baddbmm_(probs.mT, g)
         grad_probs = torch.bmm(g, v.mT, out=scores)
         grad_scores = torch._softmax_backward_data(grad_probs, probs, -1, dtype, grad_input=probs)
-        grad_key[group] += (grad_scores.mT @ q).mul_(scale).view(grad_key[group].shape)
+        grad_key[group].view(k.shape).baddbmm_(grad_scores.mT, q, alpha=scale)
 
         grid = (len(q), *query[tile].shape[3:5])
         grad_bias = grad_scores.view(*grid, *query.shape[3:5])

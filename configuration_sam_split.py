@@ -57,7 +57,7 @@ class SamSplitVisionConfig(StockConfigMixin, SamVisionConfig):
     model_type = "sam_split_vision_model"
     _auto_class = "AutoConfig"
 
-    def __init__(self, attention_tile_bytes: int = 4 * 2**20, **kwargs):
+    def __init__(self, attention_tile_bytes: int = 8 * 2**20, **kwargs):
         kwargs.pop("model_type", None)  # a stock config names its own type
         super().__init__(**kwargs)
         self.attention_tile_bytes = attention_tile_bytes
