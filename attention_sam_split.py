@@ -62,8 +62,9 @@ def sdpa_attention(module: Any, qkv: torch.Tensor, rel_pos: RelPos | None) -> tu
     # Dropout could not be drawn again, tile by tile, for backward; and an exported graph has no use for a long loop.
     if rel_pos is not None and not dropout and not torch.compiler.is_exporting():
         return TiledAttention.apply(qkv, *rel_pos, module.scale, module.config.attention_tile_bytes), None
-    bias = None if rel_pos is None else relative_position_bias(qkv[0], *rel_pos)
-    return _sdpa(*qkv, bias, module.scale, dropout), None
+    query, key, value = qkv
+    bias = None if rel_pos is None else relative_position_bias(query, *rel_pos)
+    return _sdpa(query, key, value, bias, module.scale, dropout), None
 
 
 ATTENTION_FUNCTIONS: dict[str, Callable] = {"eager": eager_attention, "sdpa": sdpa_attention}

@@ -50,9 +50,12 @@ def load_stock(base: str) -> SamModel:
     try:
         if not Path(base).is_dir():
             hf_hub_download(base, "config.json")
-        return SamModel.from_pretrained(base).eval()
-    except OSError as error:
+        model, loading_info = SamModel.from_pretrained(base, output_loading_info=True)
+    except (OSError, ValueError) as error:
         sys.exit(f"{base} is not a folder with a SAM checkpoint, and the Hub gives none: {str(error).splitlines()[0]}")
+    if missing := sorted(loading_info["missing_keys"]):
+        sys.exit(f"{base} is not a stock SAM v1 checkpoint, as the demo needs it: it has no {missing[0]}.")
+    return model.eval()
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from transformers import AutoProcessor, BitsAndBytesConfig, PreTrainedModel, SamProcessor
 
 
@@ -33,7 +34,7 @@ def load_base(
     try:
         model = split_class().from_pretrained(base, revision=revision, dtype=torch.float32, **options)
         processor = AutoProcessor.from_pretrained(base, revision=revision)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UnusableModel(
             f"{base}: not a SAM v1 checkpoint with a processor: {str(error).splitlines()[0]}"
         ) from error
@@ -143,5 +144,9 @@ def load_trained(
         config = PeftConfig.from_pretrained(adapter)
     except (OSError, ValueError) as error:
         raise UnusableModel(f"{adapter}: not an adapter: {str(error).splitlines()[0]}") from error
-    model, processor = load_base(base or config.base_model_name_or_path, revision or config.revision)
-    return PeftModel.from_pretrained(model, adapter).merge_and_unload(), processor
+    base = base or config.base_model_name_or_path
+    model, processor = load_base(base, revision or config.revision)
+    try:
+        return PeftModel.from_pretrained(model, adapter).merge_and_unload(), processor
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UnusableModel(f"{adapter}: does not fit {base}, or is damaged: {str(error).splitlines()[0]}") from error

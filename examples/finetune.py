@@ -7,6 +7,7 @@ Without images it learns from a part of a photograph of coins, with a small SAM 
 """
 
 import argparse
+import hashlib
 import json
 import sys
 import time
@@ -23,7 +24,6 @@ from results import write_results
 from samples import Split, split
 from training import build_trainer, build_training_args, metrics_of
 from transformers import set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from staging import ROOT, staged
 
@@ -153,7 +153,7 @@ def finetune(args: argparse.Namespace) -> None:
     model = make_trainable(model, args)
     trainable, total = parameter_counts(model)
     say(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
-    checkpoint = start(args, training_args.world_size, is_main)
+    checkpoint = start(args, found, training_args.world_size, is_main)
 
     # Not by evaluate(), after which the model counts as prepared: each process would train for itself.
     training_args.eval_on_start = checkpoint is None
@@ -225,7 +225,7 @@ def parameter_counts(model: torch.nn.Module) -> tuple[int, int]:
     return sum(p.numel() for p in model.parameters() if p.requires_grad), sum(p.numel() for p in model.parameters())
 
 
-def start(args: argparse.Namespace, world_size: int, is_main: bool) -> str | None:
+def start(args: argparse.Namespace, found: Split, world_size: int, is_main: bool) -> str | None:
     """Notes the settings in the output folder, or finds there the checkpoint to go on from.
 
     Raises:
@@ -234,14 +234,16 @@ def start(args: argparse.Namespace, world_size: int, is_main: bool) -> str | Non
     """
     file = args.output / "settings.json"
     settings = {name: value for name, value in vars(args).items() if name not in NOT_PART_OF_THE_RUN}
-    settings = json.loads(json.dumps({**settings, "processes": world_size}, default=lambda path: str(path.resolve())))
+    settings |= {"processes": world_size, "data": digest(found)}
+    settings = json.loads(json.dumps(settings, default=lambda path: str(path.resolve())))
     if args.resume and file.exists():
         noted = json.loads(file.read_text())
         if other := [name for name in settings if settings[name] != noted.get(name)]:
             differences = ", ".join(f"{name} {noted.get(name)} then and {settings[name]} now" for name in other)
             raise UnusableModel(f"--resume: {args.output} was started with other settings: {differences}.")
-        checkpoints = args.output / "checkpoints"
-        return get_last_checkpoint(checkpoints) if checkpoints.is_dir() else None
+        # The state is written last: a checkpoint without one was interrupted.
+        complete = [state.parent for state in args.output.glob("checkpoints/checkpoint-*/trainer_state.json")]
+        return str(max(complete, key=lambda folder: int(folder.name.split("-")[1]))) if complete else None
     if is_main:
         if args.force and args.output.is_dir() and any(args.output.iterdir()) and not file.exists():
             raise UnusableModel(
@@ -251,6 +253,16 @@ def start(args: argparse.Namespace, world_size: int, is_main: bool) -> str | Non
         with staged(args.output, force=args.force) as folder:
             (folder / file.name).write_text(json.dumps(settings, indent=2) + "\n")
     return None
+
+
+def digest(found: Split) -> str:
+    """Differs if images or objects have come or gone, with which a run would validate on what it learnt from."""
+    samples = [
+        (part, Path(sample.source.name).name, str(sample.window), sample.ids.tolist())
+        for part in ("train", "validation")
+        for sample in getattr(found, part)
+    ]
+    return hashlib.sha256(json.dumps(samples).encode()).hexdigest()[:12]
 
 
 def peak_memory() -> float:

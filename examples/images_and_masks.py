@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import tifffile
 from PIL import Image, ImageOps
+from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from scipy import ndimage
 from skimage import data, filters, measure, morphology, segmentation
@@ -82,14 +83,20 @@ class CocoImage(Source):
                 f"{self.size[1]} x {self.size[0]}."
             )
         labels = np.zeros(self.size, dtype=np.int64)
-        # The smaller last, as an object inside another's outline would else vanish.
-        for number, annotation in enumerate(sorted(self.annotations, key=lambda a: -a.get("area", 0)), start=1):
-            try:
+        annotation: dict[str, Any] = {}
+        try:
+            areas = []
+            for annotation in self.annotations:
+                areas.append(int(coco_mask.area(self.coco.annToRLE(annotation))))
+            # The smaller last, as an object inside another's outline would else vanish.
+            order = sorted(range(len(areas)), key=areas.__getitem__, reverse=True)
+            for number, index in enumerate(order, start=1):
+                annotation = self.annotations[index]
                 labels[self.coco.annToMask(annotation).astype(bool)] = number
-            except Exception as error:  # pycocotools raises whatever its C code meets
-                raise ValueError(
-                    f"{self.image}: the segmentation of annotation {annotation.get('id')} is broken: {error}"
-                ) from error
+        except Exception as error:  # pycocotools raises whatever its C code meets
+            raise ValueError(
+                f"{self.image}: the segmentation of annotation {annotation.get('id')} is broken: {error}"
+            ) from error
         return image, labels
 
 
@@ -191,6 +198,7 @@ def read_image(path: Path) -> np.ndarray:
     pixels = read_pixels(path, convert_palette=True)
     if pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[2] > 4):
         raise ValueError(f"{path}: has the shape {pixels.shape}; expected one image, grey, RGB or RGBA.")
+    pixels = as_rgb(pixels)
     if pixels.dtype == np.uint16:
         low, high = int(pixels.min()), int(pixels.max())
         pixels = ((pixels.astype(np.float32) - low) * (255 / max(high - low, 1)) + 0.5).astype(np.uint8)
@@ -198,7 +206,7 @@ def read_image(path: Path) -> np.ndarray:
         pixels = pixels.astype(np.uint8) * 255
     elif pixels.dtype != np.uint8:
         raise ValueError(f"{path}: has pixels of type {pixels.dtype}; expected 8 or 16 bits without sign.")
-    return as_rgb(pixels)
+    return pixels
 
 
 def as_rgb(pixels: np.ndarray) -> np.ndarray:
@@ -233,6 +241,8 @@ def read_pixels(path: Path, convert_palette: bool) -> np.ndarray:
         if path.suffix.lower() in TIFF_SUFFIXES:
             return read_tiff(path)
         with Image.open(path) as file:
+            if file.mode != "I;16" and str(file.tile[0][3]).endswith(";16B"):  # Pillow would drop the lower 8 bits
+                raise ValueError("it has 16 bits per colour; save it as TIFF, or with 8.")
             image = ImageOps.exif_transpose(file)
             if image.mode == "CMYK" or (convert_palette and image.mode == "P"):
                 image = image.convert("RGB")

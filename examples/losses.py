@@ -104,7 +104,7 @@ class MaskMetrics:
         self.scores.append(torch.as_tensor(prediction.predictions).flatten(0, -2))
         if not compute_result:
             return {}
-        scores = torch.cat(self.scores).double()
+        scores = torch.cat(self.scores).cpu().double()  # Apple's GPUs have no float64
         self.scores.clear()
         iou, rating_error = scores[~scores.isnan().any(-1)].T
         return {

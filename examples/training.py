@@ -1,6 +1,7 @@
 """How `Trainer` is set up for masks and prompts."""
 
 import argparse
+import math
 import os
 import time
 from typing import Any
@@ -103,8 +104,7 @@ def build_trainer(
     callbacks: list[TrainerCallback] = []
     if args.patience:
         callbacks.append(EarlyStoppingCallback(args.patience))
-    if args.minutes is not None:
-        callbacks.append(StopAfter(args.minutes))
+    callbacks.append(StopAfter(math.inf if args.minutes is None else args.minutes))
     return PromptTrainer(
         model,
         training_args,
@@ -128,7 +128,7 @@ def build_trainer(
 
 
 class StopAfter(TrainerCallback):
-    """Validates, saves and ends training when the time is up, which the first process decides for all."""
+    """Validates and saves after the last step, which is also when the time is up, as the first process sees it."""
 
     def __init__(self, minutes: float):
         self.deadline = time.monotonic() + 60 * minutes
@@ -141,7 +141,9 @@ class StopAfter(TrainerCallback):
         if args.world_size > 1:
             torch.distributed.broadcast(late, 0)
         if late.item():
-            control.should_evaluate = control.should_save = control.should_training_stop = True
+            control.should_training_stop = True
+        if control.should_training_stop or state.global_step >= state.max_steps:
+            control.should_evaluate = control.should_save = True
 
 
 def metrics_of(logged: dict[str, float]) -> dict[str, float]:

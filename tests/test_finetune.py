@@ -132,7 +132,7 @@ def test_exported_stock_sam_gives_the_same_masks(whole_run):
 def test_resumed_equals_uninterrupted(whole_run, tmp_path):
     output, expected, arguments = whole_run
     shutil.copytree(output, tmp_path / "again")
-    shutil.rmtree(tmp_path / "again" / "checkpoints" / "checkpoint-4")
+    (tmp_path / "again" / "checkpoints" / "checkpoint-4" / "trainer_state.json").unlink()  # as if interrupted
     metrics = run(tmp_path / "again", *arguments, "--resume")
     assert metrics["after"] == expected["after"]
     assert losses(metrics) == losses(expected)
@@ -148,6 +148,14 @@ def test_resume_refuses_other_settings(whole_run, tmp_path):
         run(output, *arguments, "--resume", "--rank", "8")
     with pytest.raises(SystemExit, match="is not empty"):
         run(output, *arguments)
+    images = Path(arguments[arguments.index("--images") + 1])
+    save_pair(images.parent, "new", blocks())
+    try:
+        with pytest.raises(SystemExit, match="other settings: data [0-9a-f]{12} then"):
+            run(output, *arguments, "--resume")
+    finally:
+        (images / "new.png").unlink()
+        (images.parent / "masks" / "new.png").unlink()
     (tmp_path / "precious.txt").touch()
     with pytest.raises(SystemExit, match="not the output of an earlier run"):
         run(tmp_path, *arguments, "--force")

@@ -1,6 +1,8 @@
 """What the fine-tuning recipe reads, refuses, cuts, keeps for validation and asks the model about."""
 
 import json
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +67,7 @@ STRETCHED = np.round(np.arange(12).reshape(3, 4) * 255 / 11)
         ("rgb.tiff", COLOUR, COLOUR),
         ("rgba.tiff", np.dstack([COLOUR, GREY]), COLOUR),
         ("rgb16.tiff", np.dstack([WIDE] * 3), STRETCHED),
+        ("rgba16.tiff", np.dstack([WIDE] * 3 + [65535 + 0 * WIDE]), STRETCHED),
         ("planes.tiff", np.moveaxis(COLOUR, 2, 0), COLOUR),
         ("bits.png", GREY > 100, 255 * (GREY > 100)),
     ],
@@ -110,14 +113,29 @@ def test_reads_masks(suffix, dtype, tmp_path):
     np.testing.assert_array_equal(read_mask(path), labels)
 
 
+def png_of_16_bit_colours(height: int, width: int) -> bytes:
+    """Black, by hand, as Pillow writes none."""
+    parts = {
+        b"IHDR": struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0),
+        b"IDAT": zlib.compress(bytes((1 + 6 * width) * height)),
+        b"IEND": b"",
+    }
+    chunks = (
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in parts.items()
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
 def broken_folders(folder: Path) -> dict[str, str]:
     """Makes every mistake at once; returns what must be said about each file."""
-    for stem in ("good", "size", "colour", "text", "float", "pages", "lonely", "twice"):
+    for stem in ("good", "size", "colour", "text", "deep", "float", "pages", "lonely", "twice"):
         save_pair(folder, stem, blocks())
     images, masks = folder / "images", folder / "masks"
     Image.fromarray(blocks(40, 44).astype(np.uint16)).save(masks / "size.png")
     Image.fromarray(COLOUR).save(masks / "colour.png")
     (images / "text.png").write_text("no image")
+    (images / "deep.png").write_bytes(png_of_16_bit_colours(40, 48))
     for stem, pixels in (("float", np.zeros((40, 48), np.float32)), ("pages", np.zeros((9, 40, 48), np.uint8))):
         (images / f"{stem}.png").unlink()
         tifffile.imwrite(images / f"{stem}.tif", pixels, photometric="minisblack")
@@ -125,6 +143,7 @@ def broken_folders(folder: Path) -> dict[str, str]:
         "size.png": "48 x 40 pixels and its mask 44 x 40",
         "colour.png": "expected one integer per pixel",
         "text.png": "cannot be read",
+        "deep.png": "it has 16 bits per colour",
         "float.tif": "expected 8 or 16 bits",
         "pages.tif": "it has 9 pages; expected one",
     }
@@ -189,6 +208,19 @@ def coco_file(folder: Path, **changes) -> Path:
     path = folder / "coco.json"
     path.write_text(json.dumps(content))
     return path
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools with numpy 2
+def test_the_smaller_object_is_in_front_without_areas(tmp_path):
+    outlines = [[20, 10, 30, 10, 30, 20, 20, 20], [2, 2, 46, 2, 46, 38, 2, 38]]
+    annotations = [
+        {"id": number, "image_id": 7, "category_id": 1, "area": None, "segmentation": [outline]}
+        for number, outline in enumerate(outlines, start=1)
+    ]
+    (source,), _ = coco_images(tmp_path / "images", coco_file(tmp_path, annotations=annotations))
+    _, labels = source.read()
+    assert labels[15, 25] == 2
+    assert labels[5, 5] == 1
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools with numpy 2
