@@ -151,7 +151,7 @@ def test_resume_refuses_other_settings(whole_run, tmp_path):
     images = Path(arguments[arguments.index("--images") + 1])
     save_pair(images.parent, "new", blocks())
     try:
-        with pytest.raises(SystemExit, match="other settings: data [0-9a-f]{12} then"):
+        with pytest.raises(SystemExit, match=r"other settings: data [0-9a-f]{12} then"):
             run(output, *arguments, "--resume")
     finally:
         (images / "new.png").unlink()

@@ -73,7 +73,7 @@ def test_an_adapter_brings_its_base(coins, tmp_path, monkeypatch):
     _, plain = run(coins, *POINTS, "--output", "plain")
     assert (adapted != plain).any()
     Path("adapter", "adapter_model.safetensors").write_bytes(b"damaged")
-    with pytest.raises(SystemExit, match="adapter: does not fit .* or is damaged"):
+    with pytest.raises(SystemExit, match=r"adapter: does not fit .* or is damaged"):
         run(coins, *POINTS, "--adapter", "adapter", "--output", "damaged")
 
 
