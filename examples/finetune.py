@@ -243,7 +243,16 @@ def start(args: argparse.Namespace, found: Split, world_size: int, is_main: bool
             raise UnusableModel(f"--resume: {args.output} was started with other settings: {differences}.")
         # The state is written last: a checkpoint without one was interrupted.
         complete = [state.parent for state in args.output.glob("checkpoints/checkpoint-*/trainer_state.json")]
-        return str(max(complete, key=lambda folder: int(folder.name.split("-")[1]))) if complete else None
+        if not complete:
+            return None
+        last = max(complete, key=lambda folder: int(folder.name.split("-")[1]))
+        best = json.loads((last / "trainer_state.json").read_text())["best_model_checkpoint"]
+        if best and not Path(best).is_dir():  # transformers would end with the last weights instead
+            raise UnusableModel(
+                f"--resume: the best checkpoint so far was {best}, which is not there: move {args.output} back, or "
+                "start from the folder in which it was started."
+            )
+        return str(last)
     if is_main:
         if args.force and args.output.is_dir() and any(args.output.iterdir()) and not file.exists():
             raise UnusableModel(

@@ -142,6 +142,17 @@ def test_resumed_equals_uninterrupted(whole_run, tmp_path):
     assert all(torch.equal(actual[name], weights[name]) for name in weights)
 
 
+def test_resume_refuses_a_lost_best_checkpoint(whole_run, tmp_path):
+    output, _, arguments = whole_run
+    shutil.copytree(output, tmp_path / "moved")
+    for file in tmp_path.glob("moved/checkpoints/*/trainer_state.json"):
+        file.write_text(
+            json.dumps({**json.loads(file.read_text()), "best_model_checkpoint": "elsewhere/checkpoint-2"})
+        )
+    with pytest.raises(SystemExit, match="the best checkpoint so far was elsewhere/checkpoint-2, which is not there"):
+        run(tmp_path / "moved", *arguments, "--resume")
+
+
 def test_resume_refuses_other_settings(whole_run, tmp_path):
     output, _, arguments = whole_run
     with pytest.raises(SystemExit, match="rank 16 then and 8 now"):
