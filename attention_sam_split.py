@@ -1,95 +1,140 @@
-"""SAM's vision attention in memory that grows with the number of tokens, not with its square.
+"""SAM's vision attention with decomposed relative positions, in memory that grows with the tokens, not with their square.
 
-Shapes: B images of rows x columns tokens, C channels. Attention sees them as R x S windows of H x W tokens (R counts
-the rows of windows of all images, S those in a row; without windows R = B and S = 1), in h heads of d channels each.
-In each of the G = R * S * h groups, N = H * W tokens attend to each other. `qkv` holds queries, keys and values, along
-its first axis. Relative positions are tables (H, H, d) and (W, W, d), of one vector for each coordinate of a query and
-of a key.
+    scores[q, k] = scale * query[q] · key[k] + rel_h[q, row of k] + rel_w[q, column of k]
+
+Shapes: attention sees the images as R x S windows (R counts the rows of windows of all images, S those in a row) of H x W
+tokens each, in n heads of d channels: queries, keys and values are (R, S, n, H, W, d). In each of the G = R * S * n
+groups, the N = H * W tokens attend to each other. Without windows, R is the number of images and S is 1. The tables
+(H, H, d) and (W, W, d) hold the vector of relative position for each coordinate of a query and of a key.
 """
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
+
+TILE_BYTES = {"cpu": 8 * 2**20}  # what stays in a CPU's caches
+TILE_BYTES_ELSEWHERE = 256 * 2**20  # what keeps other devices busy
 
 RelPos = tuple[torch.Tensor, torch.Tensor]
 
 
-def pad_to_windows(qkv: torch.Tensor, padding: torch.Tensor, window: tuple[int, int]) -> torch.Tensor:
-    """Fills `qkv` (3, B, rows, columns, C) to the right and below with `padding` (3, 1, 1, 1, C), to whole windows."""
-    _, batch_size, rows, columns, channels = qkv.shape
-    height, width = (-(-tokens // size) * size for tokens, size in zip((rows, columns), window, strict=True))
-    padded = padding.expand(3, batch_size, height, width, channels).clone()
-    padded[:, :, :rows, :columns] = qkv
-    return padded
-
-
-def split_windows_and_heads(qkv: torch.Tensor, window: tuple[int, int], num_heads: int) -> torch.Tensor:
-    """Views `qkv` (3, B, rows, columns, C), whole windows, as (3, R, S, h, H, W, d)."""
-    _, batch_size, rows, columns, _ = qkv.shape
-    height, width = window
-    qkv = qkv.view(3, batch_size * rows // height, height, columns // width, width, num_heads, -1)
-    return qkv.permute(0, 1, 3, 5, 2, 4, 6)
-
-
-def merge_windows_and_heads(states: torch.Tensor, batch_size: int) -> torch.Tensor:
-    """The inverse of `split_windows_and_heads` for one of the three: (R, S, h, H, W, d) as (B, rows, columns, C)."""
-    window_rows, window_columns, num_heads, height, width, head_dim = states.shape
-    rows, columns = window_rows // batch_size * height, window_columns * width
-    return states.permute(0, 3, 1, 4, 2, 5).reshape(batch_size, rows, columns, num_heads * head_dim)
-
-
 def eager_attention(module: Any, qkv: torch.Tensor, rel_pos: RelPos | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention (R, S, h, H, W, d) with every step spelt out, and its weights (G, N, N) before dropout."""
-    q, k, v = (tokens(states) for states in qkv)
-    attn_weights = (q * module.scale) @ k.mT
+    """Returns attention (R, S, n, H, W, d), every step spelt out, and its weights (G, N, N) before dropout."""
+    query, key, value = (tokens(states) for states in qkv)  # (G, N, d)
+    attn_weights = (query * module.scale) @ key.transpose(-1, -2)
     if rel_pos is not None:
         attn_weights = attn_weights + relative_position_bias(qkv[0], *rel_pos)
     attn_weights = F.softmax(attn_weights, dim=-1, dtype=torch.float32).to(qkv.dtype)
     attn_probs = F.dropout(attn_weights, module.dropout, module.training)
-    return (attn_probs @ v).view(qkv[0].shape), attn_weights
+    return (attn_probs @ value).view(qkv[0].shape), attn_weights
 
 
 def sdpa_attention(module: Any, qkv: torch.Tensor, rel_pos: RelPos | None) -> tuple[torch.Tensor, None]:
-    """Attention (R, S, h, H, W, d) by PyTorch's fused kernels, in tiles where there is a bias."""
+    """Returns attention (R, S, n, H, W, d) by PyTorch's fused kernels, on the path that fits the device."""
     dropout = module.dropout if module.training else 0.0
-    # Dropout could not be drawn again, tile by tile, for backward; and an exported graph has no use for a long loop.
-    if rel_pos is not None and not dropout and not torch.compiler.is_exporting():
-        return TiledAttention.apply(qkv, *rel_pos, module.scale, module.config.attention_tile_bytes), None
-    query, key, value = qkv
-    bias = None if rel_pos is None else relative_position_bias(query, *rel_pos)
-    return _sdpa(query, key, value, bias, module.scale, dropout), None
+    # A recorded graph has no use for a long loop, and some recorders lose what is written in place.
+    is_recorded = torch.compiler.is_exporting() or torch.jit.is_tracing()
+    path = "dense" if rel_pos is None or is_recorded else attention_path(qkv[0])
+    if path == "folded":
+        return folded_attention(qkv, *rel_pos, module.scale, dropout), None
+    if path == "tiled" and not dropout:  # which could not be drawn again, tile by tile, for backward
+        tile_bytes = module.config.attention_tile_bytes or TILE_BYTES.get(qkv.device.type, TILE_BYTES_ELSEWHERE)
+        return TiledAttention.apply(qkv, *rel_pos, module.scale, tile_bytes), None
+    bias = None if rel_pos is None else relative_position_bias(qkv[0], *rel_pos)[None]
+    query, key, value = (tokens(states)[None] for states in qkv)  # (1, G, N, d)
+    output = F.scaled_dot_product_attention(query, key, value, bias, dropout_p=dropout, scale=module.scale)
+    return output.view(qkv[0].shape), None
 
 
-ATTENTION_FUNCTIONS: dict[str, Callable] = {"eager": eager_attention, "sdpa": sdpa_attention}
+def attention_path(query: torch.Tensor) -> str:
+    """Returns "folded" where kernels that take no mask are fast, else "tiled", for queries (R, S, n, H, W, d).
+
+    | device | dtype | path | why |
+    |---|---|---|---|
+    | CUDA | fp32, fp16 | folded | memory-efficient or flash kernels |
+    | CUDA | bf16, from compute capability 8.0 | folded | the same; before 8.0 no fused kernel takes it: tiled |
+    | ROCm | fp16, bf16, d + H + W up to 256 | folded | flash; the other kernels ask for values as wide as keys: tiled |
+    | CUDA, ROCm | fp64 | tiled | there is no fused kernel |
+    | CPU | any | tiled | tiles stay in the caches, and folding triples the work |
+    | MPS, XPU, others | any | tiled | there is no fused kernel that trains with that many channels |
+    """
+    if query.device.type != "cuda" or query.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return "tiled"
+    if torch.version.hip is not None:  # ROCm calls its devices "cuda", too
+        return "folded" if query.dtype != torch.float32 and sum(query.shape[3:]) <= 256 else "tiled"
+    has_kernel = query.dtype != torch.bfloat16 or torch.cuda.get_device_capability(query.device) >= (8, 0)
+    return "folded" if has_kernel else "tiled"
 
 
-def tokens(states: torch.Tensor) -> torch.Tensor:
-    """(R, S, h, H, W, d) as (G, N, d), contiguous, as rows far apart in memory slow matrix products down."""
-    return states.flatten(3, 4).flatten(0, 2).contiguous()
-
-
-def relative_position_bias(
-    query: torch.Tensor, rel_pos_h: torch.Tensor, rel_pos_w: torch.Tensor, out: torch.Tensor | None = None
-) -> torch.Tensor:
-    """The bias (G, N, N) that decomposed relative positions add to the scores of `query`, or of a tile of it.
+def relative_positions(query: torch.Tensor, table_h: torch.Tensor, table_w: torch.Tensor) -> RelPos:
+    """Returns `rel_h` (R, S, n, H, W, H) and `rel_w` (R, S, n, H, W, W), what each key's row and column add to a score.
 
     Source: MViTv2, https://arxiv.org/abs/2112.01526, equation 4.
     """
-    query = query.flatten(0, 2)  # (G, H, W, d)
-    # contiguous, or torch.compile gives their sum strides that `out` does not have
-    rel_h = torch.einsum("ghwd,hkd->ghwk", query, rel_pos_h).contiguous()[..., :, None]
-    rel_w = torch.einsum("ghwd,wkd->ghwk", query, rel_pos_w).contiguous()[..., None, :]
+    rel_h = torch.einsum("rsnhwd,hkd->rsnhwk", query, table_h)
+    rel_w = torch.einsum("rsnhwd,wkd->rsnhwk", query, table_w)
+    return rel_h.to(query.dtype), rel_w.to(query.dtype)
+
+
+def relative_position_bias(
+    query: torch.Tensor, table_h: torch.Tensor, table_w: torch.Tensor, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Returns the bias (G, N, N) of the scores of `query`, or (g, n, N) of a tile of it with its rows of the tables."""
+    rel_h, rel_w = (rel.flatten(0, 2).contiguous() for rel in relative_positions(query, table_h, table_w))
     if out is None:
-        return (rel_h + rel_w).flatten(3).flatten(1, 2)
-    torch.add(rel_h, rel_w, out=out.view(*query.shape[:3], len(rel_pos_h[0]), len(rel_pos_w[0])))
-    return out
+        return (rel_h[..., :, None] + rel_w[..., None, :]).flatten(3).flatten(1, 2)
+    shape = *rel_h.shape, rel_w.shape[-1]
+    return torch.add(rel_h[..., :, None], rel_w[..., None, :], out=out.view(shape)).view(out.shape)
+
+
+def tokens(states: torch.Tensor) -> torch.Tensor:
+    """Returns (R, S, n, H, W, d) as (G, N, d), contiguous, as rows far apart in memory slow matrix products down."""
+    return states.flatten(3, 4).flatten(0, 2).contiguous()
+
+
+def folded_attention(
+    qkv: torch.Tensor, table_h: torch.Tensor, table_w: torch.Tensor, scale: float, dropout: float = 0.0
+) -> torch.Tensor:
+    """Returns attention (R, S, n, H, W, d) with the bias folded into head channels, so that kernels need no mask.
+
+        scores[q, k] = [scale * query[q], rel_h[q], rel_w[q]] · [key[k], onehot(row of k), onehot(column of k)]
+
+    Channels are filled up with zeros to what the kernels ask for: all to multiples of 8; for flash, which takes half
+    precision and at most 256, values as wide as keys, and 256 rather than 193 to 255, which it does not train everywhere.
+    """
+    query, key, value = qkv
+    rel_h, rel_w = relative_positions(query, table_h, table_w)
+    height, width, channels = query.shape[3:]
+    num_channels = -(-(channels + height + width) // 8) * 8
+    is_flash = query.dtype in (torch.float16, torch.bfloat16) and num_channels <= 256
+    if is_flash and num_channels > 192:
+        num_channels = 256
+    value_channels = num_channels if is_flash else -(-channels // 8) * 8
+
+    rows = torch.eye(height, dtype=key.dtype, device=key.device)[:, None].expand(height, width, height)
+    columns = torch.eye(width, dtype=key.dtype, device=key.device).expand(height, width, width)
+    zeros = key.new_zeros(()).expand(height, width, num_channels)
+    filling = num_channels - channels - height - width
+    onehots = torch.cat([rows, columns, zeros[..., :filling]], -1)  # (H, W, num_channels - d)
+
+    def extend(*parts: torch.Tensor) -> torch.Tensor:
+        parts = tuple(part.expand(*query.shape[:-1], part.shape[-1]) for part in parts)
+        return torch.cat(parts, -1).flatten(3, 4).flatten(0, 1)  # (R * S, n, N, channels)
+
+    output = F.scaled_dot_product_attention(
+        extend(query * scale, rel_h, rel_w, zeros[..., :filling]),
+        extend(key, onehots),
+        extend(value, zeros[..., : value_channels - channels]),
+        dropout_p=dropout,
+        scale=1.0,
+    )
+    return output[..., :channels].reshape(query.shape)
 
 
 class TiledAttention(torch.autograd.Function):
@@ -100,47 +145,83 @@ class TiledAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, qkv, rel_pos_h, rel_pos_w, scale, tile_bytes):
-        """Returns the attended values (R, S, h, H, W, d)."""
-        output = torch.empty_like(qkv[0])
-        qkv = qkv.contiguous()  # one copy, after which the tokens of every tile need none
-        ctx.save_for_backward(qkv, rel_pos_h, rel_pos_w)
-        ctx.scale, ctx.tile_bytes = scale, tile_bytes
+    def forward(qkv, table_h, table_w, scale, tile_bytes):
+        """Returns the attended values (R, S, n, H, W, d)."""
         query, key, value = qkv
+        output = torch.empty_like(query)
         for tile, (scores,) in tiles(query, tile_bytes, query.dtype):
             group, (rows, columns) = tile[:3], tile[3:]
-            bias = relative_position_bias(query[tile], rel_pos_h[rows], rel_pos_w[columns], out=scores)
-            output[tile] = _sdpa(query[tile], key[group], value[group], bias, scale)
+            bias = relative_position_bias(query[tile], table_h[rows], table_w[columns], out=scores)
+            q, k, v = (tokens(states)[None] for states in (query[tile], key[group], value[group]))
+            tile_output = F.scaled_dot_product_attention(q, k, v, bias[None], scale=scale)
+            output[tile] = tile_output.view(query[tile].shape)
         return output
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx, inputs, output):
+        """Keeps the inputs for backward."""
+        *tensors, ctx.scale, ctx.tile_bytes = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
     def backward(ctx, grad_output):
         """Returns the gradients of what `forward` took."""
-        device = grad_output.device.type  # autocast's dtypes would mix with those chosen below; "meta" has none
+        return *TiledAttentionBackward.apply(grad_output, *ctx.saved_tensors, ctx.scale, ctx.tile_bytes), None, None
+
+    @staticmethod
+    def vmap(info, in_dims, *inputs):
+        """Refuses to be mapped."""
+        raise_unsupported_transform()
+
+
+class TiledAttentionBackward(torch.autograd.Function):
+    """The gradients of `TiledAttention`, in the dtypes of its inputs, but computed in at least fp32."""
+
+    @staticmethod
+    def forward(grad_output, qkv, table_h, table_w, scale, tile_bytes):
+        """Returns the gradients of `qkv` and of both tables."""
+        device = qkv.device.type  # autocast's dtypes would mix with those chosen below; "meta" has none
         with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
-            return *_tiled_gradients(grad_output, ctx.scale, ctx.tile_bytes, *ctx.saved_tensors), None, None
+            return _tiled_gradients(grad_output, qkv, table_h, table_w, scale, tile_bytes)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        """Keeps nothing."""
+
+    @staticmethod
+    def backward(ctx, *grad_outputs):
+        """Refuses second derivatives."""
+        raise_unsupported_transform()
+
+    vmap = TiledAttention.vmap
+
+
+def raise_unsupported_transform() -> None:
+    """Raises for second derivatives and for vmap."""
+    raise RuntimeError(
+        "Tiled attention has no second derivatives and no batching rule for vmap (is_grads_batched, jacobian): load the "
+        'model with attn_implementation="eager", or call model.set_attn_implementation("eager").'
+    )
 
 
 def _tiled_gradients(
     grad_output: torch.Tensor,
+    qkv: torch.Tensor,
+    table_h: torch.Tensor,
+    table_w: torch.Tensor,
     scale: float,
     tile_bytes: int,
-    qkv: torch.Tensor,
-    rel_pos_h: torch.Tensor,
-    rel_pos_w: torch.Tensor,
-) -> Iterator[torch.Tensor]:
-    """The gradients of the last three, in their dtypes, but computed in at least fp32."""
-    inputs = qkv, rel_pos_h, rel_pos_w
+) -> tuple[torch.Tensor, ...]:
+    inputs = qkv, table_h, table_w
     dtype = torch.promote_types(qkv.dtype, torch.float32)
     grads = tuple(torch.zeros_like(tensor, dtype=dtype) for tensor in inputs)
-    (grad_query, grad_key, grad_value), grad_rel_pos_h, grad_rel_pos_w = grads
+    (grad_query, grad_key, grad_value), grad_table_h, grad_table_w = grads
     query, key, value = qkv
     for tile, (probs, scores) in tiles(query, tile_bytes, dtype, dtype):
         group, (rows, columns) = tile[:3], tile[3:]
         q, g = (tokens(states[tile].to(dtype)) for states in (query, grad_output))  # (g, n, d), n queries of the tile
         k, v = (tokens(states[group].to(dtype)) for states in (key, value))  # (g, N, d)
-        tables = rel_pos_h[rows].to(dtype), rel_pos_w[columns].to(dtype)
+        tables = table_h[rows].to(dtype), table_w[columns].to(dtype)
 
         relative_position_bias(query[tile].to(dtype), *tables, out=scores)
         torch.softmax(scores.baddbmm_(q, k.mT, alpha=scale), -1, out=probs)
@@ -157,17 +238,17 @@ def _tiled_gradients(
             + torch.einsum("ghwk,hkd->ghwd", grad_rel_h, tables[0])
             + torch.einsum("ghwk,wkd->ghwd", grad_rel_w, tables[1])
         ).view(query[tile].shape)
-        grad_rel_pos_h[rows] += torch.einsum("ghwk,ghwd->hkd", grad_rel_h, q.view(*grid, -1))
-        grad_rel_pos_w[columns] += torch.einsum("ghwk,ghwd->wkd", grad_rel_w, q.view(*grid, -1))
-    return (grad.to(tensor.dtype) for grad, tensor in zip(grads, inputs, strict=True))
+        grad_table_h[rows] += torch.einsum("ghwk,ghwd->hkd", grad_rel_h, q.view(*grid, -1))
+        grad_table_w[columns] += torch.einsum("ghwk,ghwd->wkd", grad_rel_w, q.view(*grid, -1))
+    return tuple(grad.to(tensor.dtype) for grad, tensor in zip(grads, inputs, strict=True))
 
 
 def tiles(query: torch.Tensor, tile_bytes: int, *dtypes: torch.dtype) -> Iterator[tuple[tuple[slice, ...], list]]:
-    """Cuts the queries (R, S, h, H, W, d) into tiles, each with room for its scores (g, n, N) against all its keys.
+    """Cuts the queries (R, S, n, H, W, d) into tiles, each with buffers for its scores (g, n, N) against all its keys.
 
     Yields:
-        The tile's index into `query`, less the last axis, and for each of `dtypes` a tensor (g, n, N) of at most
-        `tile_bytes`, or one query's scores, which is the same memory for all tiles.
+        The tile's index into `query`, less the last axis, and for each of `dtypes` a buffer (g, n, N) of at most
+        `tile_bytes`, or one query's scores. All tiles share the buffers' memory.
     """
     *shape, _ = query.shape
     num_keys = shape[-2] * shape[-1]
@@ -177,16 +258,11 @@ def tiles(query: torch.Tensor, tile_bytes: int, *dtypes: torch.dtype) -> Iterato
         step = max(1, min(length, limit // num_queries))
         num_queries *= step
         ranges.append([slice(start, min(start + step, length)) for start in range(0, length, step)])
-    rooms = [query.new_empty(num_queries * num_keys, dtype=dtype) for dtype in dtypes]
+    buffers = [query.new_empty(num_queries * num_keys, dtype=dtype) for dtype in dtypes]
     for tile in itertools.product(*reversed(ranges)):
         sides = [part.stop - part.start for part in tile]
         size = math.prod(sides[:3]), math.prod(sides[3:]), num_keys
-        yield tile, [room[: math.prod(size)].view(size) for room in rooms]
+        yield tile, [buffer[: math.prod(size)].view(size) for buffer in buffers]
 
 
-def _sdpa(query, key, value, bias, scale: float, dropout: float = 0.0) -> torch.Tensor:
-    """`scaled_dot_product_attention` of (R, S, h, H, W, d), as the four dimensions that its fused kernels ask for."""
-    q, k, v = (tokens(states)[None] for states in (query, key, value))
-    bias = None if bias is None else bias[None]
-    output = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=scale)
-    return output.view(query.shape)
+ATTENTION_FUNCTIONS = {"eager": eager_attention, "sdpa": sdpa_attention}

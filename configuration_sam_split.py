@@ -11,25 +11,38 @@ require_version(
     "transformers>=5.0.0",
     "Checkpoints are split while loading, which needs transformers 5: pip install -U transformers",
 )
-
 require_version("torch>=2.7", "Attention asks torch.compiler.is_exporting(): pip install -U torch")
 
+SAM_SPLIT_VERSION = "0.2.0"  # of this code, see CHANGELOG.md
 ATTENTION_IMPLEMENTATIONS = ("eager", "sdpa")
+TYPES = {bool: (bool,), int: (int,), float: (float, int), str: (str,), list: (list, tuple), tuple: (list, tuple)}
 
 
-class StockConfigMixin:
-    """Takes a stock SAM configuration, in memory or on disk, as one of ours."""
+class SamSplitConfigMixin:
+    """Takes a stock SAM configuration, in memory or on disk, as one of ours, and gives it back."""
+
+    _stock_class: type[PreTrainedConfig]
 
     @classmethod
     def from_sam(cls, config: PreTrainedConfig) -> "PreTrainedConfig":
         """Returns `config` itself if it is of this class already, else one of this class with the same settings."""
         if isinstance(config, cls):
             return config
-        settings = _as_split(config.to_dict())
+        settings = _with_split_types(config.to_dict())
         split = cls.from_dict(settings, attn_implementation=config._attn_implementation)  # type: ignore[attr-defined]
         for part in split.sub_configs:  # which may have one each, that no dictionary holds
             getattr(split, part)._attn_implementation = getattr(config, part)._attn_implementation
+        split.attention_tile_bytes = getattr(config, "attention_tile_bytes", None)
         return split
+
+    def to_sam(self) -> PreTrainedConfig:
+        """Returns the stock configuration with the same settings."""
+        ours = ("model_type", "auto_map", "architectures", "sam_split_version")
+        settings = {key: value for key, value in self.to_dict().items() if key not in ours}  # type: ignore[attr-defined]
+        for part in self.sub_configs:  # type: ignore[attr-defined]
+            config = getattr(self, part)
+            settings[part] = config.to_sam() if isinstance(config, SamSplitConfigMixin) else config
+        return self._stock_class(**settings, attn_implementation=self._attn_implementation)  # type: ignore[attr-defined]
 
     @classmethod
     def get_config_dict(cls, *args, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -39,32 +52,45 @@ class StockConfigMixin:
             ValueError: If the file configures another architecture.
         """
         config_dict, kwargs = super().get_config_dict(*args, **kwargs)  # type: ignore[misc]
-        return _as_split(config_dict), kwargs
+        return _with_split_types(config_dict), kwargs
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str) -> dict[str, Any]:
+        config_dict = super()._dict_from_json_file(json_file)  # type: ignore[misc]
+        if not isinstance(config_dict, dict):
+            raise ValueError(
+                f"{json_file} is not a model's configuration: it holds {config_dict!r:.40}, not an object."
+            )
+        return config_dict
+
+    def save_pretrained(self, *args, **kwargs) -> Any:
+        """As in `PreTrainedConfig`, with the version of this code."""
+        self.sam_split_version = SAM_SPLIT_VERSION
+        return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
 
 
-class SamSplitVisionConfig(StockConfigMixin, SamVisionConfig):
+class SamSplitVisionConfig(SamSplitConfigMixin, SamVisionConfig):
     """Configuration of `SamSplitVisionModel`: the arguments of `SamVisionConfig`, checked, and one more.
 
     Args:
-        attention_tile_bytes: What `sdpa` attention may take for the scores of some of the queries, in bytes, whatever
-            the batch and the image size; inference holds one such tile at a time, training two. Tiles of a few MB stay
-            in a CPU's caches, larger ones keep a GPU busier.
+        attention_tile_bytes: What tiled `sdpa` attention may take for the scores of some of the queries, in bytes,
+            whatever the batch and the image size. Inference holds one such tile at a time, training two. By default 8 MB
+            on CPUs, so that tiles stay in their caches, and 256 MB elsewhere. It is a setting of the machine, given on
+            load, and never saved.
 
     Raises:
-        ValueError: If the settings would build a broken or silently different model.
+        ValueError: If the settings have a wrong type, or would build a broken or silently different model.
     """
 
     model_type = "sam_split_vision_model"
     _auto_class = "AutoConfig"
+    _stock_class = SamVisionConfig
 
-    def __init__(self, attention_tile_bytes: int = 8 * 2**20, **kwargs):
+    def __init__(self, attention_tile_bytes: int | None = None, **kwargs):
         kwargs.pop("model_type", None)  # a stock config names its own type
+        check_types(kwargs, SamVisionConfig)
         super().__init__(**kwargs)
         self.attention_tile_bytes = attention_tile_bytes
-        if attention_tile_bytes < 1:
-            raise ValueError(
-                f"attention_tile_bytes={attention_tile_bytes} leaves attention no memory: choose 1 MB or more."
-            )
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size={self.hidden_size} is not divisible by num_attention_heads={self.num_attention_heads}: "
@@ -83,56 +109,78 @@ class SamSplitVisionConfig(StockConfigMixin, SamVisionConfig):
             )
         check_attention_implementation(self._attn_implementation)
 
-    def to_sam(self) -> SamVisionConfig:
-        """Returns the stock configuration with the same settings."""
-        return SamVisionConfig(**_stock_settings(self), attn_implementation=self._attn_implementation)
+    @property
+    def attention_tile_bytes(self) -> int | None:
+        """The limit of a tile in bytes, None for the default of the device."""
+        return self.__dict__.get("_attention_tile_bytes")
+
+    @attention_tile_bytes.setter
+    def attention_tile_bytes(self, value: int | None) -> None:
+        if value is not None and (type(value) is not int or value < 1):
+            raise ValueError(f"attention_tile_bytes={value!r} is not a number of bytes: give a positive int, or None.")
+        self._attention_tile_bytes = value
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in `PreTrainedConfig`, without the setting of the machine."""
+        settings = super().to_dict()
+        del settings["_attention_tile_bytes"]
+        return settings
 
 
-class SamSplitConfig(StockConfigMixin, SamConfig):
+class SamSplitConfig(SamSplitConfigMixin, SamConfig):
     """Configuration of `SamSplitModel`: the arguments of `SamConfig`, or a stock SAM's `config.json`.
 
     Raises:
-        ValueError: If the settings would build a broken or silently different model, or are another architecture's.
+        ValueError: If the settings have a wrong type, or would build a broken or silently different model, or are
+            another architecture's.
     """
 
     model_type = "sam_split"
     _auto_class = "AutoConfig"  # lets this file travel with every saved configuration
+    _stock_class = SamConfig
+    sub_configs = {**SamConfig.sub_configs, "vision_config": SamSplitVisionConfig}
+    sub_configs_defaults = sub_configs  # the name that later releases give it
 
-    def __init__(self, **kwargs):
+    def __init__(self, vision_config: dict[str, Any] | PreTrainedConfig | None = None, **kwargs):
         kwargs.pop("model_type", None)  # a stock config names its own type
-        super().__init__(**kwargs)
-        self.vision_config = SamSplitVisionConfig(
-            **self.vision_config.to_dict(), attn_implementation=self.vision_config._attn_implementation
-        )
+        for part, part_class in SamConfig.sub_configs.items():
+            settings = vision_config if part == "vision_config" else kwargs.get(part)
+            if settings is not None and not isinstance(settings, PreTrainedConfig):
+                check_types(settings, part_class)
+        super().__init__(vision_config=vision_config, **kwargs)
+        given = vision_config if isinstance(vision_config, PreTrainedConfig) else self.vision_config
+        self.vision_config = SamSplitVisionConfig.from_sam(given)
         check_attention_implementation(self._attn_implementation)
 
-    def to_sam(self) -> SamConfig:
-        """Returns the stock configuration with the same settings."""
-        settings = {**_stock_settings(self), "vision_config": self.vision_config.to_sam()}
-        return SamConfig(**settings, attn_implementation=self._attn_implementation)
+    @property
+    def attention_tile_bytes(self) -> int | None:
+        """That of `vision_config`, so that `from_pretrained` takes it."""
+        return self.vision_config.attention_tile_bytes
+
+    @attention_tile_bytes.setter
+    def attention_tile_bytes(self, value: int | None) -> None:
+        self.vision_config.attention_tile_bytes = value
 
 
-def _as_split(config_dict: dict[str, Any]) -> dict[str, Any]:
-    split_types = {
-        SamConfig.model_type: SamSplitConfig.model_type,
-        SamVisionConfig.model_type: SamSplitVisionConfig.model_type,
-    }
-    model_type = config_dict.get("model_type")
-    if model_type is not None and model_type not in (*split_types, *split_types.values()):
-        raise ValueError(
-            f"This is the configuration of a '{model_type}' model, but only SAM v1 checkpoints (model_type 'sam' or "
-            f"'{SamSplitConfig.model_type}') can be loaded. Load it with its own class, or with AutoModel."
-        )
-    config_dict = {**config_dict, "model_type": split_types.get(model_type, model_type)}
-    if isinstance(config_dict.get("vision_config"), dict):
-        config_dict["vision_config"] = _as_split(config_dict["vision_config"])
-    return config_dict
+def check_types(settings: Any, stock_class: type[PreTrainedConfig]) -> None:
+    """Passes settings of the types that those of `stock_class` have by default.
 
-
-def _stock_settings(config: PreTrainedConfig) -> dict[str, Any]:
-    """The settings of `config` that stock SAM knows, without those that say which code it belongs to."""
-    ours = ("model_type", "auto_map", "architectures", "attention_tile_bytes")
-    return {key: value for key, value in config.to_dict().items() if key not in ours}
+    Raises:
+        ValueError: If `settings` are no dictionary, or one of them has another type or is negative.
+    """
+    if not isinstance(settings, dict):
+        raise ValueError(f"{stock_class.base_config_key}={settings!r:.40} should be a dictionary of settings.")
+    for name, default in vars(stock_class()).items():
+        value = settings.get(name, default)
+        if type(default) not in TYPES or (name == "mlp_dim" and value is None):
+            continue
+        types = TYPES[type(default)]
+        items = value if type(value) in (list, tuple) and list in types else []
+        if type(value) not in types or any(type(item) is not int for item in items):
+            expected = "of int" if list in types else f"of type {types[0].__name__}"
+            raise ValueError(f"{name}={value!r:.40} should be {'a list ' if list in types else ''}{expected}.")
+        if type(value) in (int, float) and value < (name in ("hidden_size", "num_attention_heads", "patch_size")):
+            raise ValueError(f"{name}={value!r} is too small.")
 
 
 def check_attention_implementation(implementation: str | None) -> None:
@@ -146,6 +194,24 @@ def check_attention_implementation(implementation: str | None) -> None:
             f"attn_implementation={implementation!r} is not supported: choose one of "
             f"{', '.join(map(repr, ATTENTION_IMPLEMENTATIONS))}."
         )
+
+
+def _with_split_types(config_dict: dict[str, Any]) -> dict[str, Any]:
+    split_types = {
+        config.model_type: split.model_type
+        for config, split in ((SamConfig, SamSplitConfig), (SamVisionConfig, SamSplitVisionConfig))
+    }
+    model_type = config_dict.get("model_type")
+    if model_type is not None and model_type not in (*split_types, *split_types.values()):
+        raise ValueError(
+            f"This is the configuration of a '{model_type}' model, but only SAM v1 checkpoints (model_type 'sam' or "
+            f"'{SamSplitConfig.model_type}') can be loaded. Load it with its own class, or with AutoModel."
+        )
+    config_dict = {**config_dict, "model_type": split_types.get(model_type, model_type)}
+    config_dict.pop("attention_tile_bytes", None)  # which version 0.1 saved
+    if isinstance(config_dict.get("vision_config"), dict):
+        config_dict["vision_config"] = _with_split_types(config_dict["vision_config"])
+    return config_dict
 
 
 __all__ = ["SamSplitConfig", "SamSplitVisionConfig"]

@@ -1,9 +1,12 @@
-"""One rule for splitting SAM's fused `qkv`, and its use by `from_pretrained`."""
+"""SAM's fused `qkv` and the separate `q`, `k` and `v`: the rule, its inverse, and its use by `from_pretrained`."""
 
+import itertools
 import re
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
@@ -19,10 +22,134 @@ def split_q_k_v(fused: torch.Tensor) -> dict[str, torch.Tensor]:
     Raises:
         ValueError: If the first dimension is not a multiple of three.
     """
-    if fused.shape[0] % 3:
-        raise ValueError(f"A fused qkv tensor has 3 * hidden_size rows, but this one has shape {tuple(fused.shape)}.")
+    if fused.ndim == 0 or fused.shape[0] % 3:
+        raise ValueError(f"A fused qkv has 3 * hidden_size rows, but this one has shape {tuple(fused.shape)}.")
     # Copies, because views of one storage cannot be saved or freed apart.
     return {name: part.clone() for name, part in zip(PROJECTIONS, fused.chunk(3), strict=True)}
+
+
+def split_state_dict(
+    state_dict: Mapping[str, torch.Tensor], places: Collection[str]
+) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Splits the weights of one attention layer for a module that has the keys `places`.
+
+    | `state_dict` holds of q, k, v | new entries | problem |
+    |---|---|---|
+    | nothing | none | none: other weights alone are left to the caller |
+    | `qkv.weight`, and `qkv.bias` if there are biases | q, k and v of each | none |
+    | all of `q`, `k`, `v` | as they are | none |
+    | the biases of all three alone, as PEFT saves them with `bias="all"` | as they are | none |
+    | both a fused tensor and one of its parts | | one of them would be lost |
+    | a part of them, fused or split | | the rest would keep other values |
+    | a tensor without a place, such as one of an adapted `q`, or of a fused adapter | | it would be lost |
+    | a fused tensor of no multiple of three rows | | it cannot be split |
+
+    Args:
+        state_dict: Tensors by name within the layer, such as `qkv.weight`.
+        places: The names that the layer has.
+
+    Returns:
+        The state dict without fused tensors, and what is wrong, in a sentence each.
+    """
+    entries, problems = dict(state_dict), []
+    for kind in ("weight", "bias"):
+        if f"qkv.{kind}" not in state_dict:
+            continue
+        if both := [f"{name}.{kind}" for name in PROJECTIONS if f"{name}.{kind}" in state_dict]:
+            problems.append(f"It holds qkv.{kind} and also {', '.join(both)}: remove one of them.")
+        try:
+            parts = split_q_k_v(entries.pop(f"qkv.{kind}"))
+        except ValueError as error:
+            problems.append(f"qkv.{kind} cannot be split. {error}")
+            continue
+        entries |= {f"{name}.{kind}": part for name, part in parts.items()}
+
+    names = {f"{name}.{kind}" for name in PROJECTIONS for kind in ("weight", "bias")}
+    own, present = names & set(places), names & entries.keys()
+    if displaced := sorted(present - own) + [key for key in entries if key.startswith("qkv.")]:
+        problems.append(
+            f"There is no place for {', '.join(displaced)}: if adapters wrap q, k or v, load the weights before adding "
+            "them; an adapter of the fused qkv does not fit them at all; and qkv_bias in the configuration must be the "
+            "checkpoint's."
+        )
+    only_biases = present == {key for key in own if key.endswith(".bias")} and "qkv.bias" not in state_dict
+    if present and not only_biases and (missing := sorted(own - present)):
+        problems.append(f"It holds a part of q, k and v, but lacks {', '.join(missing)}.")
+    return entries, problems
+
+
+def fuse_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The inverse of splitting, for a whole model: joins `….attn.q.weight`, `….k.…` and `….v.…` in `….attn.qkv.weight`.
+
+    Raises:
+        KeyError: If a layer has one of the three only.
+    """
+    fused = {}
+    for key, tensor in state_dict.items():
+        layer, attn, rest = key.rpartition(".attn.")
+        name, _, kind = rest.partition(".")
+        if not attn or name not in PROJECTIONS:
+            fused[key] = tensor
+        elif name == "q":
+            fused[f"{layer}.attn.qkv.{kind}"] = torch.cat(
+                [state_dict[f"{layer}.attn.{part}.{kind}"] for part in PROJECTIONS]
+            )
+    return fused
+
+
+def check_loaded(
+    model: PreTrainedModel,
+    loading_info: Any,
+    ignore_mismatched_sizes: bool,
+    state_dicts: Iterable[Mapping[str, torch.Tensor]],
+) -> None:
+    """Passes a model that has got a checkpoint's value for each of its weights.
+
+    Args:
+        model: The model after loading, before missing weights are initialised and tied ones tied.
+        loading_info: What transformers reports about it.
+        ignore_mismatched_sizes: Whether the caller asked for new weights where shapes differ.
+        state_dicts: What each file of the checkpoint holds.
+
+    Raises:
+        ValueError: If weights are missing, have another shape or stand there twice, or if vision attention, of which
+            each layer needs all, has no place for them. `ignore_mismatched_sizes` does not apply to vision attention.
+    """
+    missing, mismatched = set(loading_info.missing_keys), set(loading_info.mismatched_keys)
+    for pair in model.all_tied_weights_keys.items():
+        if not missing.issuperset(pair):  # one of the two is enough
+            missing -= set(pair)
+    if ignore_mismatched_sizes:
+        mismatched = {entry for entry in mismatched if ".attn." in entry[0]}
+    keys = sorted(itertools.chain.from_iterable(state_dicts))
+    layers: dict[str, set[str]] = {"qkv": set(), "q": set(), "k": set(), "v": set()}
+    for match in filter(None, map(re.compile(r"(.*\.attn)\.(qkv|[qkv])\.").match, keys)):
+        layers[match[2]].add(match[1])
+    problems = {
+        "missing": missing,
+        "not in the model": {key for key in loading_info.unexpected_keys if ".attn." in key},
+        "of another shape": {f"{key} {tuple(theirs)}, in the model {tuple(ours)}" for key, theirs, ours in mismatched},
+        "not to be split in three": loading_info.conversion_errors.keys(),
+        "in two files": {key for key, following in itertools.pairwise(keys) if key == following},
+        "both fused, as qkv, and separate, as q, k, v": layers["qkv"] & (layers["q"] | layers["k"] | layers["v"]),
+    }
+    if not any(problems.values()):
+        return
+    text = "".join(f"\n- {problem}: {', '.join(sorted(keys))}" for problem, keys in problems.items() if keys)
+    config = getattr(model.config, "vision_config", model.config)
+    grid_size = config.image_size // config.patch_size
+    for key, theirs, ours in sorted(loading_info.mismatched_keys):
+        if key.endswith("pos_embed") or (key.endswith("rel_pos_h") and ours[0] == 2 * grid_size - 1):
+            side = config.patch_size * (theirs[1] if len(theirs) == 4 else (theirs[0] + 1) // 2)
+            text += (
+                f"\nThe checkpoint is for images of {side} pixels, and the configuration for {config.image_size}: set "
+                f"image_size={side} in vision_config and prompt_encoder_config."
+            )
+            break
+    raise ValueError(
+        f"{type(model).__name__} would not hold the weights of this checkpoint. Check that it is a complete SAM v1 "
+        f"checkpoint, and that the settings in config.json are its own.{text}"
+    )
 
 
 class SplitQKV(ConversionOps):
@@ -45,28 +172,10 @@ class SplitQKV(ConversionOps):
 
 
 class SplitQKVConverter(WeightConverter):
-    """The conversion of fused checkpoints, strict about mixed ones, and quantizing each of its results."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.forms: dict[str, str] = {}
-
-    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
-        """As in `WeightConverter`.
-
-        Raises:
-            ValueError: If the checkpoint holds an attention layer both fused and split, of which one would be lost.
-        """
-        if match := re.search(r"(.*\.attn)\.(qkv|[qkv])\.", source_key):
-            layer, form = match[1], "fused" if match[2] == "qkv" else "split"
-            if self.forms.setdefault(layer, form) != form:
-                raise ValueError(
-                    f"The checkpoint holds both a fused qkv and separate q, k, v for {layer}: remove one."
-                )
-        return super().rename_source_key(source_key)
+    """The conversion of fused checkpoints, with each of its results quantized under its own name."""
 
     def convert(self, layer_name: str, **kwargs):
-        """As in `WeightConverter`, but transformers 5.0 would quantize the first result only."""
+        """As in `WeightConverter`, which would quantize the first result only."""
         if self.quantization_operation is not None:
             self.quantization_operation = QuantizeEach(self.quantization_operation)
         return super().convert(layer_name, **kwargs)
