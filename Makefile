@@ -28,13 +28,13 @@ test-floor: .venv/floor/installed
 # Time and memory against stock SAM; BENCH="--help" says what can be varied.
 BENCH ?=
 bench: .venv/newest/installed
-	$(NEWEST)/python benchmarks/bench.py $(BENCH)
+	$(NEWEST)/python -m benchmarks.bench $(BENCH)
 
 clean:
 	rm -rf .venv build
 
-.venv/%/installed: requirements/dev.txt requirements/no-deps.txt requirements/%.txt
+.venv/%/installed: pyproject.toml requirements/no-deps.txt requirements/%.txt
 	$(PYTHON) -m venv --clear $(@D)
-	$(@D)/bin/pip install --quiet --disable-pip-version-check --requirement requirements/dev.txt --constraint requirements/$*.txt
+	$(@D)/bin/pip install --quiet --disable-pip-version-check '.[dev]' --constraint requirements/$*.txt
 	$(@D)/bin/pip install --quiet --disable-pip-version-check --no-deps --requirement requirements/no-deps.txt
 	touch $@

@@ -4,68 +4,52 @@ python demo.py [--base checkpoints/sam-tiny]
 """
 
 import argparse
-import subprocess
 import sys
 from pathlib import Path
 
 import huggingface_hub
-import torch
-from huggingface_hub import hf_hub_download
-from skimage import data
-from transformers import AutoModel, AutoProcessor, PreTrainedModel, SamModel, SamProcessor
+from safetensors import SafetensorError
 
-from staging import ROOT, split_class, staged
+from checkpoint_tools.conversions import to_split
+from checkpoint_tools.staging import SAM_TINY, one_line
+from finetuning.data import DataError
+from finetuning.model import ModelError
+from finetuning.recipe import finetune
+from finetuning.settings import Settings, SettingsError
 
 
 def main() -> None:
     args = parse_args()
-    huggingface_hub.logging.set_verbosity_error()  # else every retry without a network is told
-    stock = load_stock(args.base)
-    processor = AutoProcessor.from_pretrained(args.base)
+    huggingface_hub.logging.set_verbosity_error()  # else it logs every retry without a network
     repo = args.output / "sam-split"
-    with staged(repo, force=True) as folder:
-        split_class().from_pretrained(args.base).save_pretrained(folder)
-        processor.save_pretrained(folder)
-    print(f"Laid out a model repo from {args.base} in {repo}.")
-    model = AutoModel.from_pretrained(repo, trust_remote_code=True).eval()
-    error = difference(model, stock, processor)
-    print(f"The split model against stock: mask logits differ by {error:.1e} at most.", flush=True)
-
-    command = [sys.executable, str(ROOT / "examples" / "finetune.py"), "--base", str(repo), "--export", "stock"]
-    command += ["--output", str(args.output / "finetune"), "--force"]
-    command += ["--steps", str(args.steps), "--minutes", str(args.minutes)]
-    sys.exit(subprocess.run(command, check=False).returncode)
+    try:
+        error = to_split(args.base, repo, force=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as problem:
+        sys.exit(f"{args.base}: not a stock SAM v1 checkpoint, as the demo needs it: {one_line(problem)}")
+    print(f"Wrote a model repo from {args.base} to {repo}.")
+    print(f"The split model against stock: outputs differ by {error:.1e} of the largest at most.", flush=True)
+    try:
+        finetune(
+            Settings(
+                base=str(repo),
+                steps=args.steps,
+                minutes=args.minutes,
+                output=args.output / "finetune",
+                force=True,
+                export=("stock",),
+            )
+        )
+    except (DataError, ModelError, SettingsError, FileExistsError) as problem:
+        sys.exit(str(problem))
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", default=str(ROOT / "checkpoints" / "sam-tiny"), help="folder or Hub id of a SAM v1")
+    parser.add_argument("--base", default=str(SAM_TINY), help="folder or Hub id of a SAM v1")
     parser.add_argument("--output", type=Path, default=Path("build/demo"))
     parser.add_argument("--steps", type=int, default=300, help="optimizer steps")
     parser.add_argument("--minutes", type=float, default=5, help="stop training then, whatever the step")
     return parser.parse_args()
-
-
-def load_stock(base: str) -> SamModel:
-    try:
-        if not Path(base).is_dir():
-            hf_hub_download(base, "config.json")
-        model, loading_info = SamModel.from_pretrained(base, output_loading_info=True)
-    except (OSError, ValueError) as error:
-        sys.exit(f"{base} is not a folder with a SAM checkpoint, and the Hub gives none: {str(error).splitlines()[0]}")
-    if missing := sorted(loading_info["missing_keys"]):
-        sys.exit(f"{base} is not a stock SAM v1 checkpoint, as the demo needs it: it has no {missing[0]}.")
-    return model.eval()
-
-
-@torch.no_grad()
-def difference(first: PreTrainedModel, second: PreTrainedModel, processor: SamProcessor) -> float:
-    """The largest difference of the mask logits for a point in the middle of the photograph."""
-    image = torch.from_numpy(data.coins()).repeat(3, 1, 1)
-    points = [[[[image.shape[2] / 2, image.shape[1] / 2]]]]
-    inputs = processor(images=[image], input_points=points, return_tensors="pt")
-    inputs = {name: inputs[name].float() for name in ("pixel_values", "input_points")}
-    return (first(**inputs).pred_masks - second(**inputs).pred_masks).abs().max().item()
 
 
 if __name__ == "__main__":

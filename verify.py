@@ -4,28 +4,15 @@ python verify.py USER/NAME --base facebook/sam-vit-base [--revision COMMIT]
 """
 
 import argparse
-import ast
 import json
 import pickle
 import sys
-import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
-from huggingface_hub import ModelCard
 from huggingface_hub.errors import HTTPError
-from safetensors import SafetensorError, safe_open
-from transformers import AutoModel, AutoProcessor, PreTrainedModel, SamConfig, SamModel, SamProcessor
+from safetensors import SafetensorError
 
-from staging import fetch
-
-
-TOLERANCE = 1e-4  # of the largest output, as deep models round differently; weights are compared exactly
-TIED = ("shared_image_embedding.positional_embedding", "prompt_encoder.shared_embedding.positional_embedding")
-TAGS = {"segment-anything", "peft", "lora", "custom_code"}
+from checkpoint_tools.staging import fetch, one_line
+from checkpoint_tools.verification import verify
 
 
 def main() -> None:
@@ -42,7 +29,7 @@ def main() -> None:
         SafetensorError,
         pickle.UnpicklingError,
     ) as error:
-        sys.exit(f"Verification failed: {' '.join(str(error).split())}")
+        sys.exit(f"Verification failed: {one_line(error)}")
 
 
 def parse_args() -> argparse.Namespace:
@@ -52,187 +39,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--base", required=True, help="folder or Hub id of the SAM it was made from")
     parser.add_argument("--base-revision", help="its branch, tag or commit")
     return parser.parse_args()
-
-
-def verify(repo: str, base: Path, revision: str | None = None) -> dict[str, Any]:
-    """Returns what was measured: parameter counts, and by how much outputs differ, relative to the largest.
-
-    Raises:
-        ValueError: If a check fails. Its message says which.
-    """
-    model = AutoModel.from_pretrained(repo, revision=revision, trust_remote_code=True, dtype=torch.float32)
-    processor = AutoProcessor.from_pretrained(repo, revision=revision)
-    figures = {
-        "num_parameters": model.num_parameters(),
-        "num_vision_parameters": model.vision_encoder.num_parameters(),
-        "max_difference": compare_outputs(model, processor, base),
-    }
-    folder = fetch(repo, revision)
-    compare_weights(folder, base)
-    check_code(folder)
-    return figures
-
-
-def compare_outputs(model: PreTrainedModel, processor: SamProcessor, base: Path) -> float:
-    """Returns the largest difference to stock `SamModel` on a fixed image and point, relative to its largest output.
-
-    Raises:
-        ValueError: If it is more than rounding.
-    """
-    actual = run(model, processor)
-    expected = run(stock_model(base), SamProcessor.from_pretrained(base))
-    differences = [
-        ((actual[name] - expected[name]).abs().max() / expected[name].abs().max()).item() for name in expected
-    ]
-    if not all(difference <= TOLERANCE for difference in differences):  # false for NaN, too
-        raise ValueError(f"its outputs differ from stock SamModel's by {max(differences):.1e} of the largest.")
-    return max(differences)
-
-
-@torch.no_grad()
-def run(model: PreTrainedModel, processor: SamProcessor) -> Mapping[str, torch.Tensor]:
-    image = np.random.default_rng(0).integers(256, size=(96, 128, 3), dtype=np.uint8)
-    inputs = processor(image, input_points=[[[[40, 60]]]], return_tensors="pt")
-    outputs = model.eval()(**inputs)
-    return {**{name: outputs[name] for name in ("pred_masks", "iou_scores")}, "pixel_values": inputs["pixel_values"]}
-
-
-def stock_model(base: Path) -> PreTrainedModel:
-    """Returns stock `SamModel` in fp32; where `base` is split, with its projections fused."""
-    weights = Weights(base)
-    settings = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    if settings["model_type"] == "sam" and not any(".attn.q." in name for name in weights):
-        return SamModel.from_pretrained(base, dtype=torch.float32)
-    vision = {**settings["vision_config"], "model_type": "sam_vision_model"}
-    config = SamConfig.from_dict({**settings, "model_type": "sam", "vision_config": vision, "dtype": "float32"})
-    with torch.device("meta"):
-        model = SamModel(config)
-    state_dict = {}
-    for name in model.state_dict():
-        if name in weights:
-            parts = [name]
-        elif name in TIED:
-            parts = [other for other in TIED if other in weights]
-        else:
-            parts = [name.replace(".attn.qkv.", f".attn.{part}.") for part in "qkv"]
-        state_dict[name] = torch.cat([weights[part].float() for part in parts])
-    model.load_state_dict(state_dict, assign=True)
-    model.tie_weights()
-    return model
-
-
-def compare_weights(folder: Path, base: Path) -> None:
-    """Compares every weight on disk, one at a time, without the code that loads them.
-
-    Raises:
-        ValueError: If one is missing, superfluous, or not the same numbers.
-    """
-    actual, compared = Weights(folder), set()
-    for name, expected in split_weights(Weights(base)):
-        places = [place for place in (TIED if name in TIED else (name,)) if place in actual]
-        if not places:
-            raise ValueError(f"its weights lack {name}, which the base has.")
-        for place in places:
-            tensor = actual[place]
-            if tensor.shape != expected.shape or not torch.equal(tensor.double(), expected.double()):
-                raise ValueError(
-                    f"its weight {place} ({tensor.dtype}) is not the base's ({expected.dtype}). If only the types "
-                    "differ, `dtype` in the base's config.json is not that of its weights: correct it."
-                )
-        compared |= {*places}
-    if added := sorted(actual.keys() - compared):
-        raise ValueError(f"it has weights that its base has not: {', '.join(added)}.")
-
-
-def split_weights(weights: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields names and tensors as a split model should have them: each fused `qkv` as its three thirds of rows."""
-    for name in weights:
-        if ".attn.qkv." in name:
-            for part, tensor in zip("qkv", weights[name].chunk(3), strict=True):
-                yield name.replace(".attn.qkv.", f".attn.{part}."), tensor
-        else:
-            yield name, weights[name]
-
-
-class Weights(Mapping[str, torch.Tensor]):
-    """The weights in a folder by name, each read when asked for: safetensors, else pickles, from which no code runs.
-
-    Raises:
-        ValueError: If there are none.
-    """
-
-    def __init__(self, folder: Path):
-        self.readers: dict[str, Callable[[str], torch.Tensor]] = {}
-        for path in weight_files(folder):
-            if path.suffix == ".safetensors":
-                file = safe_open(path, framework="pt")
-                self.readers |= dict.fromkeys(file.keys(), file.get_tensor)
-            else:
-                tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-                self.readers |= dict.fromkeys(tensors, tensors.__getitem__)
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return self.readers[name](name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.readers)
-
-    def __len__(self) -> int:
-        return len(self.readers)
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """Returns the files that transformers reads weights from, in its order of preference."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        single, index = folder / name, folder / f"{name}.index.json"
-        if single.is_file():
-            return [single]
-        if index.is_file():
-            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            return [folder / shard for shard in sorted(set(shards))]
-    raise ValueError(f"{folder.name} holds no weights: expected was model.safetensors or pytorch_model.bin.")
-
-
-def check_code(folder: Path) -> None:
-    """Checks that the code runs wherever transformers does.
-
-    Raises:
-        ValueError: If a file imports something else, or a class of `auto_map` is not there.
-    """
-    allowed = {*sys.stdlib_module_names, "torch", "transformers"}
-    classes: dict[str, set[str]] = {}
-    for path in folder.glob("*.py"):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        classes[path.stem] = {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
-        for node in ast.walk(tree):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            if isinstance(node, ast.ImportFrom):
-                names = [f"{node.module}.py" if node.level else str(node.module)]
-            for name in names:
-                if name.split(".")[0] not in allowed and not (folder / name).is_file():
-                    raise ValueError(f"its {path.name} imports {name}, which its users may not have.")
-    auto_map = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("auto_map", {})
-    for auto_class in ("AutoConfig", "AutoModel", "AutoModelForMaskGeneration"):
-        module, _, name = auto_map.get(auto_class, "").partition(".")
-        if name not in classes.get(module, ()):
-            raise ValueError(f"its config.json names no class of its own for {auto_class}.")
-
-
-def check_card(folder: Path) -> None:
-    """Checks what the Hub reads from the model card.
-
-    Raises:
-        ValueError: If it would not be found as what it is.
-    """
-    data = ModelCard.load(folder / "README.md").data
-    expected = {"library_name": "transformers", "pipeline_tag": "mask-generation"}
-    for name, value in expected.items():
-        if data.get(name) != value:
-            raise ValueError(f"its model card has {name}: {data.get(name)}, and not {value}.")
-    if not data.license:
-        raise ValueError("its model card names no licence.")
-    if missing := TAGS - set(data.tags or ()):
-        raise ValueError(f"its model card lacks the tags {', '.join(sorted(missing))}.")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Time and memory of this repo's model against stock SAM: side by side, each measurement in a process of its own.
 
-python benchmarks/bench.py --rounds 3
+python -m benchmarks.bench --rounds 3
 """
 
 import argparse
@@ -16,11 +16,13 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from measure import SIZES
 from tqdm import tqdm
 
+from checkpoint_tools.staging import ROOT
 
-HERE = Path(__file__).resolve().parent
+from .measure import SIZES
+
+
 PEER = "stock-sdpa"
 # Gradient checkpointing is compared with the stock step without it: what it costs to fit in this little memory.
 COMPARISONS = {
@@ -65,7 +67,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="of which the medians are reported")
     parser.add_argument("--tasks", nargs="+", choices=COMPARISONS, default=list(COMPARISONS))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--output", type=Path, default=HERE)
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks")
     return parser.parse_args()
 
 
@@ -84,12 +86,12 @@ def machine(device: str) -> dict[str, str]:
     return {"device": name, "threads": str(torch.get_num_threads()), "libc": libc, **allocator, **versions}
 
 
-def measure(implementation: str, task: str, args: argparse.Namespace, **changes) -> dict[str, float]:
-    """Runs `measure.py` in a new process; a step that does not fit in memory gives an empty result."""
+def measure(implementation: str, task: str, args: argparse.Namespace, **changes: str | int) -> dict[str, float]:
+    """Runs `benchmarks.measure` in a new process; a step that does not fit in memory gives an empty result."""
     options = {"model": args.model, "side": args.side, "batch": args.batch, "device": args.device, **changes}
-    command = [sys.executable, str(HERE / "measure.py"), "--implementation", implementation, "--task", task]
+    command = [sys.executable, "-m", "benchmarks.measure", "--implementation", implementation, "--task", task]
     command += [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if process.returncode in (-6, -9):  # aborted by an allocation in C++, or by the system
         return {}
     if process.returncode:
@@ -101,16 +103,16 @@ def measure(implementation: str, task: str, args: argparse.Namespace, **changes)
 def table(args: argparse.Namespace) -> dict[str, Any]:
     """Medians over the rounds, by task and implementation; the implementations alternate."""
     pairs = sorted({pair for task in args.tasks for pair in COMPARISONS[task]})
-    found: dict = {pair: [] for pair in pairs}
+    measurements: dict = {pair: [] for pair in pairs}
     for _, (implementation, task) in tqdm([(r, pair) for r in range(args.rounds) for pair in pairs], desc="table"):
-        found[implementation, task].append(measure(implementation, task, args))
+        measurements[implementation, task].append(measure(implementation, task, args))
     tasks = {
         task: {
             implementation: {
-                key: statistics.median(result[key] for result in found[implementation, measured])
+                key: statistics.median(result[key] for result in measurements[implementation, measured])
                 for key in ("seconds", "gigabytes")
             }
-            if all(found[implementation, measured])
+            if all(measurements[implementation, measured])
             else {}
             for implementation, measured in COMPARISONS[task]
         }
@@ -180,12 +182,14 @@ def _cells(result: dict[str, float], peer: dict[str, float], has_memory: bool) -
     return " | ".join(cells)
 
 
-def draw(found: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
+def draw(growth_by_side: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
     """Plots time and memory against the image side; what did not fit is left out."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
     for axis, key, label in zip(axes, ("seconds", "gigabytes"), ("time (s)", "peak memory (GB)"), strict=True):
         for implementation, name in ((PEER, "stock sdpa"), ("split", "sam-split")):
-            points = [(int(side), row[implementation][key]) for side, row in found.items() if row[implementation]]
+            points = [
+                (int(side), row[implementation][key]) for side, row in growth_by_side.items() if row[implementation]
+            ]
             axis.plot(*zip(*points, strict=True), "o-", label=name)
         axis.set(xlabel="image side (pixels)", ylabel=label, xticks=GROWTH_SIDES, ylim=(0, None))
     axes[0].legend()

@@ -1,6 +1,6 @@
-"""What fine-tuning costs and brings, by what is trained: runs examples/finetune.py on the coins, once for each row.
+"""What fine-tuning costs and brings, by what is trained: runs finetune.py on the coins, once for each row.
 
-python benchmarks/bench_finetuning.py --parts methods --steps 300
+python -m benchmarks.bench_finetuning --parts methods --steps 300
 """
 
 import argparse
@@ -13,8 +13,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from checkpoint_tools.staging import ROOT
 
-RECIPE = Path(__file__).resolve().parent.parent / "examples" / "finetune.py"
+
+RECIPE = ROOT / "finetune.py"
 PARTS = {
     "methods": {
         "LoRA, r=16, on q and v": [],
@@ -46,7 +48,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--rounds", type=int, default=1, help="of which the fastest is reported")
-    parser.add_argument("options", nargs="*", metavar="-- OPTIONS", help="more options of examples/finetune.py")
+    parser.add_argument("options", nargs="*", metavar="-- OPTIONS", help="more options of finetune.py")
     return parser.parse_args()
 
 

@@ -1,6 +1,6 @@
 """One measurement in a process of its own: time and peak memory of one implementation at one task, printed as JSON.
 
-python benchmarks/measure.py --implementation split --task lora
+python -m benchmarks.measure --implementation split --task lora
 """
 
 import argparse
@@ -17,10 +17,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import SamConfig, SamModel, set_seed
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+from checkpoint_tools.staging import split_class
 
 
-ROOT = Path(__file__).resolve().parent.parent
 IMPLEMENTATIONS = ("stock-eager", "stock-sdpa", "split", "products")
 TASKS = ("encoder", "lora", "lora-checkpointing")
 SIZES = {
@@ -81,7 +81,7 @@ def build_step(args: argparse.Namespace) -> Callable[[], None]:
         attn_implementation="eager" if args.implementation == "stock-eager" else "sdpa",
     )
     stock = args.implementation.startswith("stock")
-    model_class = SamModel if stock else get_class_from_dynamic_module("modeling_sam_split.SamSplitModel", str(ROOT))
+    model_class = SamModel if stock else split_class()
     with torch.device(args.device):
         model: Any = randomize(model_class(config)).eval()
         pixel_values = torch.randn(args.batch, 3, args.side, args.side)
@@ -115,11 +115,11 @@ def randomize(model: Any) -> Any:
 class MatrixProducts(TorchDispatchMode):
     """Records the shapes of all matrix products of a step, to run them and nothing else: the floor of its time."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.shapes: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         if name in ("mm", "bmm"):

@@ -1,6 +1,6 @@
 """What PEFT's methods do on q and v: train, save and load, merge, and go back to stock SAM, as tables for the README.
 
-python benchmarks/peft_family.py
+python -m benchmarks.peft_family
 """
 
 import argparse
@@ -8,11 +8,9 @@ import contextlib
 import functools
 import io
 import logging
-import sys
 import tempfile
 import warnings
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import peft
@@ -22,10 +20,8 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, SamConfig, SamModel
 from transformers.utils.logging import disable_progress_bar
 
-
-sys.path.append(str(Path(__file__).resolve().parent.parent))  # run as a script, Python looks in benchmarks/ only
-from convert import difference, outputs
-from staging import split_class
+from checkpoint_tools.comparison import example_outputs, largest_relative_error
+from checkpoint_tools.staging import split_class
 
 
 Q_AND_V = {"target_modules": ["q", "v"], "task_type": "FEATURE_EXTRACTION"}
@@ -115,11 +111,11 @@ def main() -> None:
         small_sam().save_pretrained(base)
         results = {name: measure(method, base) for name, method in METHODS.items()}
     print(methods_table(results), recipes_table(), sep="\n\n")
-    found = [result for name, result in results.items() if not result.error and not METHODS[name].four_bits]
-    worst = max(value for r in found for value in (r.reload, r.merge, r.to_sam) if value is not None)
+    exact = [result for name, result in results.items() if not result.error and not METHODS[name].four_bits]
+    worst = max(value for r in exact for value in (r.reload, r.merge, r.to_sam) if value is not None)
     print(
         f"\nEqual: outputs differ by {worst:.1e} of the largest at most. Training changed them by "
-        f"{min(r.effect for r in found):.1e} at least."
+        f"{min(r.effect for r in exact):.1e} at least."
     )
 
 
@@ -153,18 +149,20 @@ def measure(method: Method, base: str) -> Result:
     load = functools.partial(split_class().from_pretrained, base, **options)
     torch.manual_seed(0)
     try:
-        plain = outputs(load())
+        plain = example_outputs(load())
         adapted = get_peft_model(load(), getattr(peft, method.config)(**{**Q_AND_V, **method.arguments}))
         result.trained = train(adapted)
-        expected = outputs(adapted)
-        result.effect = difference(expected, plain)
+        expected = example_outputs(adapted)
+        result.effect = largest_relative_error(expected, plain)
         with tempfile.TemporaryDirectory() as folder:
             adapted.save_pretrained(folder)
-            result.reload = difference(outputs(PeftModel.from_pretrained(load(), folder)), expected)
+            result.reload = largest_relative_error(
+                example_outputs(PeftModel.from_pretrained(load(), folder)), expected
+            )
         merged = adapted.merge_and_unload()
-        result.merge = difference(outputs(merged), expected)
+        result.merge = largest_relative_error(example_outputs(merged), expected)
         stock = merged.dequantize().to_sam() if method.four_bits else merged.to_sam()
-        result.to_sam = difference(outputs(stock), expected)
+        result.to_sam = largest_relative_error(example_outputs(stock), expected)
     except (RuntimeError, ValueError, TypeError, AssertionError) as error:
         result.error = f"{type(error).__name__}: {str(error).splitlines()[0]}"
     return result
@@ -221,8 +219,8 @@ def methods_table(results: dict[str, Result]) -> str:
     return "\n".join(lines)
 
 
-def equal(found: float | None) -> str:
-    return "" if found is None else "equal" if found <= EQUAL else f"differs by {found:.0e}"
+def equal(error: float | None) -> str:
+    return "" if error is None else "equal" if error <= EQUAL else f"differs by {error:.0e}"
 
 
 def recipes_table() -> str:

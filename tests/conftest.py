@@ -23,13 +23,20 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from torch import nn  # noqa: E402
-from transformers import AutoModel, PreTrainedModel, SamConfig, SamImageProcessor, SamModel, SamProcessor  # noqa: E402
+from transformers import AutoModel, PreTrainedModel, SamConfig, SamModel, SamProcessor  # noqa: E402
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
-from staging import split_class  # noqa: E402
+from checkpoint_tools.comparison import relative_error  # noqa: E402
+from checkpoint_tools.loading import processor_for  # noqa: E402
+from checkpoint_tools.staging import ROOT, split_class  # noqa: E402
 
 
 disable_progress_bar()
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CODE_FILES = {path.name for path in ROOT.glob("*_sam_split.py")}
+MODEL_REPO_FILES = {*CODE_FILES, "README.md", "LICENSE", "config.json", "processor_config.json", "model.safetensors"}
+FIGURES = {"num_parameters": 1234, "num_vision_parameters": 1000, "max_difference": 1.2e-7}  # as verification gives
 
 # Windows that do not divide the grid (so that padding counts), one global layer, heads of 14 channels.
 TINY = {
@@ -119,14 +126,7 @@ def stock_dir(stock: SamModel, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture(scope="session")
 def processor() -> SamProcessor:
     """For the tiny models."""
-    return SamProcessor(
-        SamImageProcessor(
-            size={"longest_edge": 64},
-            pad_size={"height": 64, "width": 64},
-            mask_size={"longest_edge": 32},
-            mask_pad_size={"height": 32, "width": 32},
-        )
-    )
+    return processor_for(tiny_config())
 
 
 @pytest.fixture(scope="session")
@@ -211,8 +211,8 @@ def assert_same_outputs(actual, expected, tolerance: float = 1e-5) -> None:
                 assert actual_tensor is None, name
                 continue
             assert actual_tensor.shape == expected_tensor.shape, name
-            error = (actual_tensor.float() - expected_tensor.float()).abs().max()
-            assert error <= tolerance * expected_tensor.float().abs().max(), f"{name}: {error}"
+            error = relative_error(actual_tensor, expected_tensor)
+            assert error <= tolerance, f"{name}: {error}"
 
 
 def assert_holds_weights_of(split: nn.Module, stock: nn.Module, dtype: torch.dtype = torch.float32) -> None:

@@ -11,8 +11,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, SamModel
 
-import adapters
-import convert
+from checkpoint_tools import adapters
+from checkpoint_tools.comparison import relative_error
+from checkpoint_tools.conversions import adapter_to_fused, adapter_to_split
 
 
 def lora(**settings) -> LoraConfig:
@@ -42,9 +43,9 @@ def assert_same_function(
 
     with torch.no_grad():
         for one, other, plain in zip(*map(outputs, (first, second, stock)), strict=True):
-            effect = (one - plain).abs().max()
-            assert effect > 1e-5 * plain.abs().max()
-            assert (one - other).abs().max() <= max(1e-3 * effect, 1e-6 * plain.abs().max())
+            effect = relative_error(one, plain)
+            assert effect > 1e-5
+            assert relative_error(other, one) <= max(1e-3 * effect, 1e-6)
 
 
 def stored(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
@@ -82,12 +83,12 @@ def test_to_fused_and_back(case, load, stock, stock_dir, inputs, tmp_path, capsy
     config = lora(**CASES[case])
     write(load(), config, tmp_path / "split")
     adapted = PeftModel.from_pretrained(load(), tmp_path / "split")
-    assert convert.adapter_to_fused(str(tmp_path / "split"), tmp_path / "fused", str(stock_dir)) < 1e-5
+    assert adapter_to_fused(str(tmp_path / "split"), tmp_path / "fused", str(stock_dir)) < 1e-5
     fused = PeftModel.from_pretrained(SamModel.from_pretrained(stock_dir), tmp_path / "fused")
     assert_same_function(adapted, fused, stock, inputs)
     assert not any(re.search(r"\.attn\.[qkv]\.", name) for name in stored(tmp_path / "fused")[1])
 
-    assert convert.adapter_to_split(str(tmp_path / "fused"), tmp_path / "back", str(stock_dir)) < 1e-5
+    assert adapter_to_split(str(tmp_path / "fused"), tmp_path / "back", str(stock_dir)) < 1e-5
     assert_same_function(adapted, PeftModel.from_pretrained(load(), tmp_path / "back"), stock, inputs)
     weights, back = (stored(tmp_path / folder)[1] for folder in ("split", "back"))
     if "pattern" in case:  # one factor is folded into B
@@ -115,9 +116,9 @@ def test_to_split_and_back(case, load, stock, stock_dir, inputs, tmp_path):
     config = lora(**FUSED_CASES[case])
     write(SamModel.from_pretrained(stock_dir), config, tmp_path / "fused")
     adapted = PeftModel.from_pretrained(SamModel.from_pretrained(stock_dir), tmp_path / "fused")
-    assert convert.adapter_to_split(str(tmp_path / "fused"), tmp_path / "split", str(stock_dir)) < 1e-5
+    assert adapter_to_split(str(tmp_path / "fused"), tmp_path / "split", str(stock_dir)) < 1e-5
     assert_same_function(adapted, PeftModel.from_pretrained(load(), tmp_path / "split"), stock, inputs)
-    assert convert.adapter_to_fused(str(tmp_path / "split"), tmp_path / "back", str(stock_dir)) < 1e-5
+    assert adapter_to_fused(str(tmp_path / "split"), tmp_path / "back", str(stock_dir)) < 1e-5
     (config, weights), (config_back, weights_back) = (stored(tmp_path / folder) for folder in ("fused", "back"))
     assert weights.keys() == weights_back.keys()
     assert all(torch.equal(tensor, weights_back[name]) for name, tensor in weights.items())
@@ -129,7 +130,7 @@ def test_to_split_and_back(case, load, stock, stock_dir, inputs, tmp_path):
 def test_the_weights_that_are_added_are_the_same(load, stock, stock_dir, tmp_path):
     """Layer by layer, in float64."""
     write(load(), lora(target_modules=["q", "v"], use_rslora=True), tmp_path / "split")
-    convert.adapter_to_fused(str(tmp_path / "split"), tmp_path / "fused", str(stock_dir))
+    adapter_to_fused(str(tmp_path / "split"), tmp_path / "fused", str(stock_dir))
     adapted = PeftModel.from_pretrained(load(), tmp_path / "split").double().get_base_model()
     fused = PeftModel.from_pretrained(SamModel.from_pretrained(stock_dir), tmp_path / "fused").double()
     for layer, fused_layer in zip(
@@ -145,20 +146,20 @@ def test_configuration_is_plain(load, split_dir, stock_dir, tmp_path, capsys):
     """The names that people would write, twice the rank, and the base where it can be named."""
     write(load(), lora(target_modules=["q", "v"]), tmp_path / "split")
     assert stored(tmp_path / "split")[0]["base_model_name_or_path"] == str(split_dir)
-    convert.adapter_to_fused(str(tmp_path / "split"), tmp_path / "fused")
+    adapter_to_fused(str(tmp_path / "split"), tmp_path / "fused")
     config, _ = stored(tmp_path / "fused")
     assert (config["r"], config["lora_alpha"], config["target_modules"]) == (8, 24, ["qkv"])
     assert config["rank_pattern"] == config["alpha_pattern"] == {}
     assert config["base_model_name_or_path"] is None
     assert "base_model_name_or_path is left out" in capsys.readouterr().out
-    convert.adapter_to_fused(str(tmp_path / "split"), tmp_path / "fused", str(stock_dir), force=True)
+    adapter_to_fused(str(tmp_path / "split"), tmp_path / "fused", str(stock_dir), force=True)
     assert stored(tmp_path / "fused")[0]["base_model_name_or_path"] == str(stock_dir)
 
 
 def test_an_untrained_adapter_can_be_trained_in_the_other_form(load, stock_dir, tmp_path):
     """Its B is zero, and no rank of it may get lost for that."""
     write(SamModel.from_pretrained(stock_dir), lora(target_modules=["qkv"]), tmp_path / "fused", trained=False)
-    convert.adapter_to_split(str(tmp_path / "fused"), tmp_path / "split", str(stock_dir))
+    adapter_to_split(str(tmp_path / "fused"), tmp_path / "split", str(stock_dir))
     config, weights = stored(tmp_path / "split")
     assert config["target_modules"] == ["k", "q", "v"]
     assert len(weights) == 3 * 3 * 2
@@ -169,13 +170,13 @@ def test_an_untrained_adapter_can_be_trained_in_the_other_form(load, stock_dir, 
 def test_half_precision(dtype, load, stock, stock_dir, inputs, tmp_path):
     """Nothing is rounded, and what would have to be is refused."""
     write(load(), lora(target_modules=["q", "v"]), tmp_path / "split", dtype=dtype)
-    convert.adapter_to_fused(str(tmp_path / "split"), tmp_path / "fused", str(stock_dir))
+    adapter_to_fused(str(tmp_path / "split"), tmp_path / "fused", str(stock_dir))
     assert {tensor.dtype for tensor in stored(tmp_path / "fused")[1].values()} == {dtype}
     fused = PeftModel.from_pretrained(SamModel.from_pretrained(stock_dir), tmp_path / "fused")
     assert_same_function(PeftModel.from_pretrained(load(), tmp_path / "split"), fused, stock, inputs)
     write(load(), lora(target_modules=["q", "v"], alpha_pattern={"v": 5}), tmp_path / "uneven", dtype=dtype)
     with pytest.raises(ValueError, match="without rounding"):
-        convert.adapter_to_fused(str(tmp_path / "uneven"), tmp_path / "out", str(stock_dir))
+        adapter_to_fused(str(tmp_path / "uneven"), tmp_path / "out", str(stock_dir))
 
 
 @pytest.mark.parametrize(
@@ -192,7 +193,7 @@ def test_half_precision(dtype, load, stock, stock_dir, inputs, tmp_path):
 def test_what_has_no_exact_form_is_refused(settings, problem, load, stock_dir, tmp_path):
     write(load(), lora(**{"target_modules": ["q", "v"], **settings}), tmp_path / "adapter")
     with pytest.raises(ValueError, match=problem):
-        convert.adapter_to_fused(str(tmp_path / "adapter"), tmp_path / "out", str(stock_dir))
+        adapter_to_fused(str(tmp_path / "adapter"), tmp_path / "out", str(stock_dir))
     assert not (tmp_path / "out").exists()
 
 
@@ -220,10 +221,10 @@ def test_broken_adapters_are_refused(change, problem, load, tmp_path, recwarn):
     write(load(), lora(target_modules=["q", "v"]), tmp_path / "adapter")
     rewrite(tmp_path / "adapter", **change)
     with pytest.raises(ValueError, match=problem):
-        convert.adapter_to_fused(str(tmp_path / "adapter"), tmp_path / "out")
+        adapter_to_fused(str(tmp_path / "adapter"), tmp_path / "out")
 
 
 def test_the_wrong_direction_is_refused(load, stock_dir, tmp_path):
     write(load(), lora(target_modules=["q", "v"]), tmp_path / "split")
     with pytest.raises(ValueError, match="adapts q, v of the vision encoder, and only qkv were expected"):
-        convert.adapter_to_split(str(tmp_path / "split"), tmp_path / "out", str(stock_dir))
+        adapter_to_split(str(tmp_path / "split"), tmp_path / "out", str(stock_dir))

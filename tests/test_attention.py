@@ -11,7 +11,7 @@ from conftest import assert_same_outputs, stock_model
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from staging import split_class
+from checkpoint_tools.staging import split_class
 
 
 TILE_BYTES = [1, 1_000, 8_000, 2**30]  # a query, parts of a row, some rows or windows, all

@@ -8,16 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import CODE_FILES, MODEL_REPO_FILES
 from hub import Server, serve
 
-from staging import ROOT
-
-
-SAM_TINY = ROOT / "checkpoints" / "sam-tiny"
-FILES = {
-    *("README.md", "LICENSE", "config.json", "processor_config.json", "model.safetensors"),
-    *(path.name for path in ROOT.glob("*_sam_split.py")),
-}
+from checkpoint_tools.staging import ROOT, SAM_TINY
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +52,7 @@ def test_upload(server: Server, pushed: tuple[str, str]) -> None:
     output, commit = pushed
     repo = server.hub.repos["user/sam-tiny-split"]
     assert repo.private
-    assert repo.files().keys() == FILES | {".gitattributes"}
+    assert repo.files().keys() == MODEL_REPO_FILES | {".gitattributes"}
     assert len(repo.commits) == 2, "that of create_repo and one more"
     assert f"{server.url}/user/sam-tiny-split\n" in output
     assert f'from_pretrained("user/sam-tiny-split", revision="{commit}", trust_remote_code=True)' in output
@@ -116,4 +110,4 @@ def test_others_load_it(server: Server, pushed: tuple[str, str], tmp_path: Path)
     run(server, tmp_path, "-c", textwrap.dedent(code), token="hf_writer")
     adapter, merged = (server.hub.repos[f"user/{name}"].files() for name in ("adapter", "merged"))
     assert b'"base_model_name_or_path": "user/sam-tiny-split"' in adapter["adapter_config.json"]
-    assert merged.keys() >= {path.name for path in ROOT.glob("*_sam_split.py")}
+    assert merged.keys() >= CODE_FILES

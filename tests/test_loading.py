@@ -23,7 +23,7 @@ from transformers import (
     pipeline,
 )
 
-from staging import split_class
+from checkpoint_tools.staging import split_class
 
 
 @pytest.fixture

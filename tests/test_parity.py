@@ -6,7 +6,7 @@ from conftest import assert_same_outputs, stock_model
 from torch import nn
 from transformers import SamVisionModel
 
-from staging import split_class
+from checkpoint_tools.staging import split_class
 
 
 VARIANTS = [{}, {"qkv_bias": False}, {"use_rel_pos": False}, {"window_size": 0}, {"window_size": 8}]

@@ -1,12 +1,9 @@
 """PEFT's methods on q and v do what the README's tables say."""
 
-import peft_family
 import pytest
+from conftest import README
 
-from staging import ROOT
-
-
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+from benchmarks import peft_family
 
 
 @pytest.fixture(scope="module")

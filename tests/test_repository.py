@@ -9,15 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_python
+from conftest import README, run_python
 from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import SamConfig, SamImageProcessor, SamProcessor
 
-from staging import ROOT, split_class
-
-
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+from checkpoint_tools.staging import ROOT, split_class
 
 
 def test_readme_snippets_run(split_dir, stock_dir, tmp_path):
@@ -113,8 +110,19 @@ def test_quick_start_gives_no_warning(split_dir, stock_dir, tmp_path):
     assert (tmp_path / "sam-vit-base-split" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("script", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.name)
-def test_benchmarks_start_from_anywhere(script, tmp_path):
-    command = [sys.executable, str(script), "--help"]
-    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert f"python benchmarks/{script.name}" in process.stdout
+COMMANDS = ["convert", "demo", "finetune", "segment", "upload", "verify"]
+MODULES = [f"{path.parent.name}.{path.stem}" for path in (ROOT / "benchmarks").glob("[!_]*.py")]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_start_from_anywhere(command, tmp_path):
+    words = [sys.executable, str(ROOT / f"{command}.py"), "--help"]
+    process = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert f"python {command}.py" in process.stdout
+
+
+@pytest.mark.parametrize("module", [*sorted(MODULES), "pretraining.train_sam_tiny"])
+def test_modules_start(module):
+    words = [sys.executable, "-m", module, "--help"]
+    process = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert f"python -m {module}" in process.stdout

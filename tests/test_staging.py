@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from staging import staged
+from checkpoint_tools.staging import staged
 
 
 def test_appears_only_when_complete(tmp_path: Path):

@@ -1,0 +1,1 @@
+"""What the commands for checkpoints, adapters and the Hub are made of."""

@@ -1,0 +1,279 @@
+"""LoRA of separate `q`, `k`, `v` as LoRA of the fused `qkv`, and the reverse: the same function, to the last digit.
+
+With s for alpha / rank, a Linear W becomes W + s B A. Fused, the A's lie below each other and B is a block matrix:
+
+    [q]         [B_q  0 ]  [A_q]
+    [k]  =  s * [ 0   0 ]  [A_v]     and back, each of q, k, v takes A and its third of B's rows.
+    [v]         [ 0  B_v]
+"""
+
+import dataclasses
+import json
+import math
+import re
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from peft import LoraConfig, PeftModel, load_peft_weights
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
+from torch import nn
+
+
+PROJECTIONS = ("q", "k", "v")
+FUSED = ("qkv",)
+PREFIX = "base_model.model."
+
+# What an adapter's configuration may say. All else must be as PEFT has it by default, or it might change the function.
+UNDERSTOOD = {
+    *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+    *("inference_mode", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "lora_dropout", "bias", "modules_to_save"),
+    *("init_lora_weights", "eva_config"),
+}
+INITS_THAT_KEEP_THE_BASE = (True, False, "gaussian", "eva", "orthogonal")
+
+
+@dataclasses.dataclass
+class Adapter:
+    """A LoRA as its folder holds it: `adapter_config.json` and the weights by name."""
+
+    config: dict[str, Any]
+    weights: dict[str, torch.Tensor]
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+    @classmethod
+    def load(cls, source: str) -> "Adapter":
+        """Reads a folder or a repo of the Hub.
+
+        Raises:
+            ValueError: If it is not a plain LoRA, whose function its two matrices and its scaling tell.
+        """
+        folder = Path(source) if Path(source).is_dir() else Path(snapshot_download(source, allow_patterns="adapter_*"))
+        config = json.loads((folder / "adapter_config.json").read_text())
+        if config.get("peft_type") != "LORA":
+            raise ValueError(f"{source} is a {config.get('peft_type')} adapter: only LoRA can be converted.")
+        if config.get("init_lora_weights", True) not in INITS_THAT_KEEP_THE_BASE:
+            raise ValueError(
+                f"{source} was initialised with {config['init_lora_weights']!r}, which changed the weights under it: "
+                "save it with path_initial_model_for_weight_conversion first (PEFT's documentation has how)."
+            )
+        defaults = LoraConfig().to_dict()
+        for setting in config.keys() - UNDERSTOOD:
+            if config[setting] and config[setting] != defaults.get(setting):
+                raise ValueError(
+                    f"{source} sets {setting}={config[setting]!r}, which is not converted: merge the adapter with "
+                    "merge_and_unload(), and convert the model."
+                )
+        return cls(config, load_peft_weights(str(folder), device="cpu"))
+
+    def save(self, folder: Path) -> None:
+        """Writes it as PEFT does."""
+        (folder / "adapter_config.json").write_text(json.dumps(self.config, indent=2, sort_keys=True) + "\n")
+        contiguous = {name: tensor.contiguous() for name, tensor in self.weights.items()}
+        save_file(contiguous, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+    def require(self, projections: tuple[str, ...]) -> None:
+        """Refuses what is not an adapter of these projections of the vision encoder, and of them alone.
+
+        Raises:
+            ValueError: If it adapts the other form, neither, or holds whole projections.
+        """
+        adapted = {match[1] for name in self.weights if (match := re.search(r"\.attn\.(qkv|[qkv])\.lora_", name))}
+        if not adapted or not adapted <= {*projections}:
+            raise ValueError(
+                f"It adapts {', '.join(sorted(adapted)) or 'no projection'} of the vision encoder, and only "
+                f"{', '.join(projections)} were expected: adapter-to-fused and adapter-to-split are each other's "
+                "reverse, and an adapter of proj, MLPs or the decoder alone fits both forms as it is."
+            )
+        whole = [name for name in self.weights if re.search(r"\.attn\.(qkv|[qkv])\.(modules_to_save\.)?weight$", name)]
+        if whole:
+            raise ValueError(f"modules_to_save keeps whole projections, as {whole[0]}: merge the adapter instead.")
+
+
+@dataclasses.dataclass
+class Factors:
+    """The two matrices of one layer's LoRA, and what they are multiplied by."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scaling: float
+
+
+def to_fused(adapter: Adapter, adapted: PeftModel, stock: nn.Module) -> Adapter:
+    """Returns the adapter of `qkv` that does what `adapter` does.
+
+    Args:
+        adapter: Of `q`, `k` or `v`.
+        adapted: The split model with it.
+        stock: The stock model that the result is for.
+
+    Raises:
+        ValueError: If a part of it has no exact form.
+    """
+    weights, factors = take_factors(adapter, adapted)
+    layers: dict[str, dict[str, Factors]] = defaultdict(dict)
+    fused: dict[str, Factors] = {}
+    for name, part in factors.items():
+        attention, _, projection = name.rpartition(".")
+        if attention.endswith(".attn") and projection in PROJECTIONS:
+            layers[attention][projection] = part
+        else:
+            fused[name] = part
+    for attention, parts in layers.items():
+        fused[f"{attention}.qkv"] = fuse(parts)
+    split = adapted.get_base_model()
+    for attention in take_biases(weights, PROJECTIONS):
+        biases = [split.get_submodule(f"{attention}.{projection}").bias.detach() for projection in PROJECTIONS]
+        wrapper = ".base_layer" if f"{attention}.qkv" in fused else ""
+        weights[f"{PREFIX}{attention}.qkv{wrapper}.bias"] = torch.cat(biases)
+    return assemble(adapter, weights, fused, stock)
+
+
+def to_split(adapter: Adapter, adapted: PeftModel, split: nn.Module) -> Adapter:
+    """Returns the adapter of `q`, `k` and `v` that does what `adapter` does; the reverse of `to_fused`.
+
+    Args:
+        adapter: Of `qkv`.
+        adapted: The stock model with it.
+        split: The split model that the result is for.
+
+    Raises:
+        ValueError: If a part of it has no exact form.
+    """
+    weights, factors = take_factors(adapter, adapted)
+    parts: dict[str, Factors] = {}
+    for name, part in factors.items():
+        attention, _, projection = name.rpartition(".")
+        if attention.endswith(".attn") and projection == "qkv":
+            parts |= {f"{attention}.{projection}": third for projection, third in unfuse(part).items()}
+        else:
+            parts[name] = part
+    stock = adapted.get_base_model()
+    for attention in take_biases(weights, FUSED):
+        bias = stock.get_submodule(f"{attention}.qkv").bias.detach()
+        for projection, third in zip(PROJECTIONS, bias.chunk(3), strict=True):
+            wrapper = ".base_layer" if f"{attention}.{projection}" in parts else ""
+            weights[f"{PREFIX}{attention}.{projection}{wrapper}.bias"] = third.clone()
+    return assemble(adapter, weights, parts, split)
+
+
+def fuse(parts: dict[str, Factors]) -> Factors:
+    """Returns the factors of `qkv` from those of some of `q`, `k`, `v`; an A that they share is kept once."""
+    scaling = next(iter(parts.values())).scaling
+    distinct: list[torch.Tensor] = []
+    for part in parts.values():
+        if not any(torch.equal(part.a, a) for a in distinct):
+            distinct.append(part.a)
+    rows = len(next(iter(parts.values())).b)
+    blocks = []
+    for projection in PROJECTIONS:
+        own = parts.get(projection)
+        columns = [
+            rescaled(own, scaling) if own and torch.equal(own.a, a) else a.new_zeros(rows, len(a)) for a in distinct
+        ]
+        blocks.append(torch.cat(columns, dim=1))
+    return Factors(torch.cat(distinct), torch.cat(blocks), scaling)
+
+
+def unfuse(fused: Factors) -> dict[str, Factors]:
+    """Returns the factors of `q`, `k` and `v`, without the ranks that do nothing for one of them."""
+    parts = {}
+    untrained = ~fused.b.any()  # where no rank does anything yet
+    for name, b in zip(PROJECTIONS, fused.b.chunk(3), strict=True):
+        used = b.any(dim=0) | untrained
+        if used.any():
+            parts[name] = Factors(fused.a[used], b[:, used], fused.scaling)
+    return parts
+
+
+def rescaled(part: Factors, scaling: float) -> torch.Tensor:
+    """Returns B for another scaling of the same product.
+
+    Raises:
+        ValueError: If half precision would round it.
+    """
+    exact = part.b.double() * (part.scaling / scaling)
+    b = exact.to(part.b.dtype)
+    if b.dtype.itemsize < 4 and not torch.equal(b.double(), exact):
+        raise ValueError(
+            f"The scalings {part.scaling:g} and {scaling:g} of one layer have no common form in {b.dtype} without "
+            "rounding: save the adapter in float32 first."
+        )
+    return b
+
+
+def take_factors(adapter: Adapter, adapted: PeftModel) -> tuple[dict[str, torch.Tensor], dict[str, Factors]]:
+    """Returns the adapter's other weights, and the factors of each layer, with the scaling that PEFT gives it.
+
+    Raises:
+        ValueError: If the adapter has factors that the model has no place for, or lacks some.
+    """
+    weights, factors = dict(adapter.weights), {}
+    for name, module in adapted.get_base_model().named_modules():
+        if isinstance(module, LoraLayer):
+            a, b = (weights.pop(f"{PREFIX}{name}.lora_{factor}.weight", None) for factor in "AB")
+            if a is None or b is None:
+                raise ValueError(f"The adapter's file lacks weights for {name}, which its configuration targets.")
+            factors[name] = Factors(a, b, module.scaling["default"])
+    if left := sorted(name for name in weights if ".lora_" in name):
+        raise ValueError(f"The model has no place for {', '.join(left)}: give the adapter's own base with --base.")
+    return weights, factors
+
+
+def take_biases(weights: dict[str, torch.Tensor], projections: tuple[str, ...]) -> list[str]:
+    """Removes the biases of `projections` from `weights` and returns the attention modules that they belong to."""
+    attentions: dict[str, None] = {}
+    for name in list(weights):
+        if match := re.fullmatch(rf"{PREFIX}(.*\.attn)\.({'|'.join(projections)})(\.base_layer)?\.bias", name):
+            attentions[match[1]] = None
+            del weights[name]
+    return list(attentions)
+
+
+def assemble(
+    adapter: Adapter, weights: dict[str, torch.Tensor], factors: dict[str, Factors], target: nn.Module
+) -> Adapter:
+    """Returns an adapter of `factors` and the other `weights`, configured for the model `target`."""
+    power = 0.5 if adapter.config.get("use_rslora") else 1
+    ranks = {name: min(part.a.shape[0], part.b.shape[1]) for name, part in factors.items()}
+    alphas = {name: whole(part.scaling * ranks[name] ** power) for name, part in factors.items()}
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    notes = []
+    if dropout := adapter.config.get("lora_dropout"):
+        notes.append(
+            f"lora_dropout={dropout} is kept, but only evaluation is the same: in further training, q, k and v draw "
+            "from one dropout when fused, and from one each when split."
+        )
+    config = {
+        **adapter.config,
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {name: r for name, r in ranks.items() if r != rank},
+        "alpha_pattern": {name: a for name, a in alphas.items() if a != alpha},
+        "target_modules": shortest_targets(target, {*factors}),
+        "exclude_modules": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "init_lora_weights": True,
+        "eva_config": None,
+        "auto_mapping": None,  # names the class of the other form
+    }
+    for name, part in factors.items():
+        weights[f"{PREFIX}{name}.lora_A.weight"], weights[f"{PREFIX}{name}.lora_B.weight"] = part.a, part.b
+    return Adapter(config, weights, notes)
+
+
+def shortest_targets(model: nn.Module, modules: set[str]) -> list[str]:
+    """Returns what PEFT finds exactly `modules` by: their last names, or else their full ones."""
+    last_names = {name.rpartition(".")[2] for name in modules}
+    with_these_names = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in last_names}
+    return sorted(last_names if with_these_names == modules else modules)
+
+
+def whole(number: float) -> float:
+    """An int where it is one, up to the rounding of the last digits."""
+    return round(number) if math.isclose(number, round(number), rel_tol=1e-14) else number

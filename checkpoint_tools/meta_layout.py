@@ -1,0 +1,202 @@
+"""The layout of Meta's original `segment_anything` checkpoints (https://github.com/facebookresearch/segment-anything)."""
+
+import pickle
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from transformers import SamConfig, SamModel
+
+
+# Meta's name of it is prompt_encoder.pe_layer...; transformers holds it twice, tied.
+TIED = {"prompt_encoder.shared_embedding.positional_embedding": "shared_image_embedding.positional_embedding"}
+
+# Of Meta's decoder, whatever the encoder.
+DECODER_SIZE, DECODER_HEADS, DECODER_LAYER_NORM_EPS = 256, 8, 1e-5
+
+# From transformers' names to Meta's, all applied in order.
+RENAMES: list[tuple[str, str | Callable[[re.Match], str]]] = [
+    (r"^shared_image_embedding\.positional_embedding$", "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"),
+    (r"^vision_encoder\.", "image_encoder."),
+    (r"^image_encoder\.patch_embed\.projection\.", "image_encoder.patch_embed.proj."),
+    (r"^image_encoder\.layers\.(\d+)\.", r"image_encoder.blocks.\1."),
+    (r"^image_encoder\.blocks\.(\d+)\.layer_norm", r"image_encoder.blocks.\1.norm"),
+    (r"^image_encoder\.neck\.conv1\.", "image_encoder.neck.0."),
+    (r"^image_encoder\.neck\.layer_norm1\.", "image_encoder.neck.1."),
+    (r"^image_encoder\.neck\.conv2\.", "image_encoder.neck.2."),
+    (r"^image_encoder\.neck\.layer_norm2\.", "image_encoder.neck.3."),
+    (r"^prompt_encoder\.point_embed\.", "prompt_encoder.point_embeddings."),
+    (r"^prompt_encoder\.mask_embed\.conv1\.", "prompt_encoder.mask_downscaling.0."),
+    (r"^prompt_encoder\.mask_embed\.layer_norm1\.", "prompt_encoder.mask_downscaling.1."),
+    (r"^prompt_encoder\.mask_embed\.conv2\.", "prompt_encoder.mask_downscaling.3."),
+    (r"^prompt_encoder\.mask_embed\.layer_norm2\.", "prompt_encoder.mask_downscaling.4."),
+    (r"^prompt_encoder\.mask_embed\.conv3\.", "prompt_encoder.mask_downscaling.6."),
+    (r"^mask_decoder\.transformer\.layer_norm_final_attn\.", "mask_decoder.transformer.norm_final_attn."),
+    (r"^mask_decoder\.transformer\.layers\.(\d+)\.layer_norm", r"mask_decoder.transformer.layers.\1.norm"),
+    (r"^mask_decoder\.upscale_conv1\.", "mask_decoder.output_upscaling.0."),
+    (r"^mask_decoder\.upscale_layer_norm\.", "mask_decoder.output_upscaling.1."),
+    (r"^mask_decoder\.upscale_conv2\.", "mask_decoder.output_upscaling.3."),
+    # The MLPs: Meta counts the first and the last layer with the others.
+    (r"(_head|mlps\.\d+)\.layers\.(\d+)\.", lambda match: f"{match[1]}.layers.{int(match[2]) + 1}."),
+    (r"(_head|mlps\.\d+)\.proj_in\.", r"\1.layers.0."),
+    (r"(mlps\.\d+)\.proj_out\.", r"\1.layers.2."),
+]
+
+
+def read(file: Path) -> dict[str, torch.Tensor]:
+    """Returns the weights in `file`, also those that a training script put under "model" beside its optimizer.
+
+    Raises:
+        ValueError: If the file holds anything else, or weights of several dtypes.
+    """
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        raise ValueError(
+            f"{file} is no intact file of plain tensors, and nothing else is read from it, as pickled code could run: "
+            "save the state dict of a segment_anything model with torch.save."
+        ) from error
+    weights = content.get("model", content) if isinstance(content, dict) else content
+    if not isinstance(weights, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
+        raise ValueError(f"{file} does not hold weights by name: save the state dict of a segment_anything model.")
+    if len(dtypes := {tensor.dtype for tensor in weights.values()}) > 1:
+        raise ValueError(f"{file} holds weights of several dtypes ({', '.join(map(str, dtypes))}): cast them to one.")
+    return weights
+
+
+def names(config: SamConfig) -> dict[str, str]:
+    """Returns Meta's name of each weight of a `SamModel`, by transformers' name; no two are the same."""
+    last = rf"\1.layers.{config.mask_decoder_config.iou_head_depth - 1}."
+    with torch.device("meta"):
+        model = SamModel(config)
+    meta_names = {}
+    for name in model.state_dict().keys() - TIED:
+        meta_names[name] = name
+        for pattern, replacement in [*RENAMES, (r"(_head)\.proj_out\.", last)]:
+            meta_names[name] = re.sub(pattern, replacement, meta_names[name])
+    return meta_names
+
+
+def meta_from_sam(model: SamModel) -> dict[str, torch.Tensor]:
+    """Returns the weights of `model` in Meta's layout."""
+    weights = model.state_dict()
+    return {meta: weights[name].detach().clone().contiguous() for name, meta in names(model.config).items()}
+
+
+def sam_from_meta(weights: dict[str, torch.Tensor], decoder_heads: int | None = None) -> SamModel:
+    """Returns a `SamModel` that holds `weights`, which are in Meta's layout.
+
+    Raises:
+        ValueError: If names are unknown or missing, or shapes do not belong together.
+    """
+    config = config_of(weights, decoder_heads)
+    by_name = names(config)
+    with torch.device("meta"):
+        model = SamModel(config)
+    problems = {
+        "missing": by_name.values() - weights.keys(),
+        "unknown": weights.keys() - by_name.values(),
+        "of another shape than the other weights imply": {
+            meta
+            for name, meta in by_name.items()
+            if meta in weights and weights[meta].shape != model.get_parameter(name).shape
+        },
+    }
+    if any(problems.values()):
+        raise ValueError(
+            "This is not a checkpoint of Meta's SAM. Weights "
+            + "; ".join(f"{problem}: {_listing(keys)}" for problem, keys in problems.items() if keys)
+        )
+    state_dict = {name: weights[meta] for name, meta in by_name.items()}
+    state_dict |= {copy: state_dict[name] for copy, name in TIED.items()}
+    model.load_state_dict(state_dict, assign=True)
+    model.tie_weights()
+    return model.eval()
+
+
+def config_of(weights: dict[str, torch.Tensor], decoder_heads: int | None = None) -> SamConfig:
+    """Returns the configuration that `weights`, in Meta's layout, were made with.
+
+    Args:
+        weights: Of any size: depths, widths, windows and the image size are found from their shapes.
+        decoder_heads: The decoder's attention heads, which no shape tells; those of Meta's decoder if not given.
+
+    Raises:
+        ValueError: If weights that tell the sizes are missing or contradict each other, or heads have to be given.
+    """
+
+    def shape(name: str) -> torch.Size:
+        if name not in weights:
+            raise ValueError(
+                f"This is not a checkpoint of Meta's SAM: expected was {name}, but it holds {_listing(weights)}."
+            )
+        return weights[name].shape
+
+    def count(pattern: str) -> int:
+        return len({match[1] for name in weights if (match := re.match(pattern, name))})
+
+    hidden_size, num_channels, patch_size, _ = shape("image_encoder.patch_embed.proj.weight")
+    grid_size = shape("image_encoder.pos_embed")[1]
+    num_layers = count(r"image_encoder\.blocks\.(\d+)\.")
+    rel_pos = [shape(f"image_encoder.blocks.{layer}.attn.rel_pos_h") for layer in range(num_layers)]
+    if not rel_pos:
+        raise ValueError("This is not a checkpoint of Meta's SAM: image_encoder.blocks are missing.")
+    head_dim = rel_pos[0][1]
+    spans = [(length + 1) // 2 for length, _ in rel_pos]
+    global_layers = [layer for layer, span in enumerate(spans) if span == grid_size]
+    windows = {span for span in spans if span != grid_size}
+    if len(windows) > 1 or any(window > grid_size for window in windows):
+        raise ValueError(
+            f"The relative positions are those of windows of {sorted(set(spans))} tokens, and the image has "
+            f"{grid_size} x {grid_size} tokens: expected were that size and that of one smaller window. Interpolate "
+            "rel_pos_h and rel_pos_w first."
+        )
+    decoder_size = shape("mask_decoder.iou_token.weight")[1]
+    if decoder_heads is None:
+        if decoder_size != DECODER_SIZE:
+            raise ValueError(
+                f"The decoder is {decoder_size} wide, not {DECODER_SIZE} as Meta's, and no file tells how many "
+                "attention heads it has: give them with --decoder-heads."
+            )
+        decoder_heads = DECODER_HEADS
+    image = {"image_size": grid_size * patch_size, "patch_size": patch_size}
+    return SamConfig(
+        vision_config={
+            **image,
+            "hidden_size": hidden_size,
+            "num_channels": num_channels,
+            "num_hidden_layers": num_layers,
+            "num_attention_heads": hidden_size // head_dim,
+            "mlp_dim": shape("image_encoder.blocks.0.mlp.lin1.weight")[0],
+            "qkv_bias": "image_encoder.blocks.0.attn.qkv.bias" in weights,
+            "global_attn_indexes": global_layers,
+            "window_size": windows.pop() if windows else grid_size,
+            "output_channels": shape("image_encoder.neck.0.weight")[0],
+            "num_pos_feats": shape("prompt_encoder.pe_layer.positional_encoding_gaussian_matrix")[1],
+        },
+        prompt_encoder_config={
+            **image,
+            "hidden_size": decoder_size,
+            "mask_input_channels": shape("prompt_encoder.mask_downscaling.3.weight")[0],
+            "num_point_embeddings": count(r"prompt_encoder\.point_embeddings\.(\d+)\."),
+        },
+        mask_decoder_config={
+            "hidden_size": decoder_size,
+            "num_attention_heads": decoder_heads,
+            "num_hidden_layers": count(r"mask_decoder\.transformer\.layers\.(\d+)\."),
+            "mlp_dim": shape("mask_decoder.transformer.layers.0.mlp.lin1.weight")[0],
+            "attention_downsample_rate": decoder_size
+            // shape("mask_decoder.transformer.final_attn_token_to_image.q_proj.weight")[0],
+            "num_multimask_outputs": shape("mask_decoder.mask_tokens.weight")[0] - 1,
+            "iou_head_depth": count(r"mask_decoder\.iou_prediction_head\.layers\.(\d+)\."),
+            "iou_head_hidden_dim": shape("mask_decoder.iou_prediction_head.layers.0.weight")[0],
+            "layer_norm_eps": DECODER_LAYER_NORM_EPS,
+        },
+    )
+
+
+def _listing(keys: Iterable[str], limit: int = 5) -> str:
+    keys = sorted(keys)
+    more = f" and {len(keys) - limit} more" if len(keys) > limit else ""
+    return ", ".join(keys[:limit]) + more

@@ -1,0 +1,1 @@
+"""What `finetune.py` and `segment.py` are made of."""

@@ -1,0 +1,116 @@
+"""What training minimises and validation reports, for each object at the resolution of the predicted masks."""
+
+import torch
+import torch.nn.functional as F
+from transformers import EvalPrediction
+from transformers.models.sam.modeling_sam import SamImageSegmentationOutput
+
+from checkpoint_tools.masks import best_rated, mask_iou
+
+
+class MaskLoss:
+    """Focal loss or cross-entropy, plus dice, of the best mask, plus the squared error of all masks' rated IoU.
+
+    As in Segment Anything (https://arxiv.org/abs/2304.02643, appendix A), where focal loss counts 20 times.
+
+    Args:
+        kind: `focal` or `cross-entropy`.
+    """
+
+    def __init__(self, kind: str = "cross-entropy"):
+        self.kind = kind
+
+    def __call__(
+        self,
+        outputs: SamImageSegmentationOutput,
+        labels: torch.Tensor,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """Returns the mean over all objects of the optimizer step, as far as they are in this batch.
+
+        Args:
+            outputs: With masks (B, objects, masks, H, W).
+            labels: Of the objects (B, objects, H, W): 1 in it, 0 beside it, negative where nothing counts.
+            num_items_in_batch: Entries of `labels` in the whole step, as `Trainer` counts them, over its accumulated
+                batches and processes; None if this is all of it.
+        """
+        logits = outputs.pred_masks.float().flatten(-2)
+        labels = labels.unsqueeze(2).flatten(-2)
+        targets, counts = (labels > 0).float().expand_as(logits), (labels >= 0).float()
+        pixels = 20 * focal(logits, targets) if self.kind == "focal" else cross_entropy(logits, targets)
+        mask_losses = (pixels * counts).sum(-1) / counts.sum(-1) + dice(logits, targets, counts)
+        rating_errors = (outputs.iou_scores.float() - intersection_over_union(logits, labels)).square()
+        objects = mask_losses.min(-1).values + rating_errors.mean(-1)
+        num_objects = objects.numel() if num_items_in_batch is None else num_items_in_batch / labels.shape[-1]
+        return objects.sum() / num_objects
+
+
+def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Binary cross-entropy of each pixel."""
+    return F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+
+
+def focal(logits: torch.Tensor, targets: torch.Tensor, alpha: float = 0.25, gamma: float = 2.0) -> torch.Tensor:
+    """Focal loss of each pixel, equation 5 of https://arxiv.org/abs/1708.02002."""
+    entropy = cross_entropy(logits, targets)
+    probability_of_target = torch.exp(-entropy)
+    weight = alpha * targets + (1 - alpha) * (1 - targets)
+    return weight * (1 - probability_of_target) ** gamma * entropy
+
+
+def dice(logits: torch.Tensor, targets: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """One minus the Dice coefficient of each mask (V-Net, https://arxiv.org/abs/1606.04797), smoothed by 1.
+
+    With plain sums in the denominator, where V-Net has squares, as is common for SAM.
+    """
+    probabilities, targets = logits.sigmoid() * counts, targets * counts
+    overlap = (probabilities * targets).sum(-1)
+    return 1 - (2 * overlap + 1) / (probabilities.sum(-1) + targets.sum(-1) + 1)
+
+
+@torch.no_grad()
+def intersection_over_union(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """IoU of masks (..., pixels) with labels, where these are not negative."""
+    return mask_iou((logits > 0) & (labels >= 0), labels > 0)
+
+
+def object_scores(predictions: tuple[torch.Tensor, ...], labels: torch.Tensor) -> torch.Tensor:
+    """Scores the mask of each object which the model itself rates best; `Trainer` gathers these and not the masks.
+
+    Args:
+        predictions: IoU ratings (B, objects, masks) and masks (B, objects, masks, H, W).
+        labels: (B, objects, H, W), of -100 for objects that fill up an image with fewer than another process has.
+
+    Returns:
+        IoU, and error of its rating, of each object (B, objects, 2), NaN where there is none.
+    """
+    ratings, masks = best_rated(*predictions[:2])
+    labels = labels.flatten(-2)
+    iou = intersection_over_union(masks.flatten(-2), labels)
+    rating_error = (ratings.float() - iou).abs()
+    scores = torch.stack([iou, rating_error], -1)
+    return scores.masked_fill((labels[..., :1] == -100).expand_as(scores), torch.nan)
+
+
+class MaskMetrics:
+    """Collects `object_scores` batch by batch, for `Trainer` with `batch_eval_metrics`, and sums them up."""
+
+    def __init__(self) -> None:
+        self.scores: list[torch.Tensor] = []
+
+    def __call__(self, prediction: EvalPrediction, compute_result: bool) -> dict[str, float]:
+        """Returns the metrics over all objects after the last batch."""
+        self.scores.append(torch.as_tensor(prediction.predictions).flatten(0, -2))
+        if not compute_result:
+            return {}
+        scores = torch.cat(self.scores).cpu().double()  # Apple's GPUs have no float64
+        self.scores.clear()
+        iou, rating_error = scores[~scores.isnan().any(-1)].T
+        return {
+            "iou": iou.mean().item(),
+            "dice": (2 * iou / (1 + iou)).mean().item(),
+            "share_over_iou_0.5": (iou > 0.5).double().mean().item(),
+            "share_over_iou_0.75": (iou > 0.75).double().mean().item(),
+            "iou_head_error": rating_error.mean().item(),
+            "objects": len(iou),
+        }

@@ -1,0 +1,149 @@
+"""The model to fine-tune: a split SAM with adapters, or with some of its own weights to train."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
+from transformers import AutoProcessor, BitsAndBytesConfig, PreTrainedModel, SamProcessor
+
+from checkpoint_tools.staging import split_class
+
+from .settings import Settings
+
+
+ONLY_IN_LAYERS = {"q", "k", "v"}  # the other names of the vision layers' Linears are found in the decoder as well
+
+
+class ModelError(ValueError):
+    """The base model cannot be loaded, or not be trained as asked for, in one line."""
+
+
+def load_base(
+    base: str, revision: str | None = None, quantization_config: BitsAndBytesConfig | None = None
+) -> tuple[PreTrainedModel, SamProcessor]:
+    """Loads any SAM v1 checkpoint, stock or split, as a split model in fp32, and its processor.
+
+    Raises:
+        ModelError: If there is none, or it and its processor do not fit each other.
+    """
+    options = {"quantization_config": quantization_config} if quantization_config else {}
+    try:
+        model = split_class().from_pretrained(base, revision=revision, dtype=torch.float32, **options)
+        processor = AutoProcessor.from_pretrained(base, revision=revision)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"{base}: not a SAM v1 checkpoint with a processor: {str(error).splitlines()[0]}") from error
+    side, expected = processor.image_processor.size["longest_edge"], model.config.vision_config.image_size
+    if side != expected:
+        raise ModelError(f"{base}: its processor makes images of {side} pixels, the model takes {expected}.")
+    return model, processor
+
+
+def four_bits(bf16: bool) -> BitsAndBytesConfig:
+    """QLoRA's settings (https://arxiv.org/abs/2305.14314); the mask decoder, which is small, stays as it is."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if bf16 else torch.float32,
+        llm_int8_skip_modules=["mask_decoder"],
+    )
+
+
+def make_trainable(model: PreTrainedModel, settings: Settings) -> PreTrainedModel | PeftModel:
+    """Returns `model` with adapters, or itself, so that what `settings` ask for is trained and all else is frozen.
+
+    Raises:
+        ModelError: If it has no such layers.
+    """
+    if settings.method == "lora":
+        model = get_peft_model(model, lora_config(model, settings))
+        model.peft_config["default"].revision = settings.revision
+        return model
+    model.requires_grad_(False)
+    if settings.method == "full":
+        model.vision_encoder.requires_grad_(True)
+    if settings.method == "decoder" or settings.train_decoder == "full":
+        model.mask_decoder.requires_grad_(True)
+    return model
+
+
+def lora_config(model: PreTrainedModel, settings: Settings) -> LoraConfig:
+    """The adapters' configuration; PEFT names the base model in it.
+
+    Raises:
+        ModelError: If the vision encoder has no such layers.
+    """
+    targets = vision_targets(model, settings.target, settings.last_layers)
+    if settings.train_decoder == "lora":
+        targets += ["q_proj", "v_proj"]  # which the vision encoder does not have
+    return LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=targets,
+        modules_to_save=decoder_modules(model) if settings.train_decoder == "full" else None,
+        use_dora=settings.dora,
+        use_rslora=settings.rslora,
+        task_type="FEATURE_EXTRACTION",  # without one PEFT notes the hashed name of a code file
+    )
+
+
+def vision_targets(model: PreTrainedModel, names: Sequence[str], last_layers: int | None) -> list[str]:
+    """Returns what PEFT's `target_modules` is to be: short names where they are clear, else full ones.
+
+    `layers_to_transform` is of no use, as it would also choose among the decoder's layers.
+    """
+    num_layers = model.config.vision_config.num_hidden_layers
+    if last_layers is not None and not 1 <= last_layers <= num_layers:
+        raise ModelError(f"--last-layers {last_layers}: the vision encoder has {num_layers} layers.")
+    paths: dict[str, list[str]] = {name: [] for name in names}
+    for path, module in model.named_modules():
+        match = re.fullmatch(r"vision_encoder\.layers\.(\d+)\.(?:\w+\.)*(\w+)", path)
+        if not match or not isinstance(module, torch.nn.Linear):
+            continue
+        if match[2] in paths and int(match[1]) >= num_layers - (last_layers or num_layers):
+            paths[match[2]].append(path)
+    if missing := [name for name in names if not paths[name]]:
+        raise ModelError(f"--target {' '.join(missing)}: expected some of q, k, v, proj, lin1, lin2.")
+    if last_layers is None and set(names) <= ONLY_IN_LAYERS:
+        return list(names)
+    return [path for name in paths for path in paths[name]]
+
+
+def decoder_modules(model: PreTrainedModel) -> list[str]:
+    """Returns the modules that hold the decoder's weights; PEFT 0.18 cannot call the decoder as a whole."""
+    return [
+        f"mask_decoder.{path}"
+        for path, module in model.mask_decoder.named_modules()
+        if any(True for _ in module.parameters(recurse=False))
+    ]
+
+
+def trained(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """Returns `model`, a fresh base, with the adapter in `folder` merged, or else the whole model that is there."""
+    if (folder / "adapter_config.json").exists():
+        return PeftModel.from_pretrained(model, folder).merge_and_unload()
+    return split_class().from_pretrained(folder)
+
+
+def load_trained(
+    adapter: str, base: str | None = None, revision: str | None = None
+) -> tuple[PreTrainedModel, SamProcessor]:
+    """Loads an adapter, merged into its base, which it names if it is not given, and the base's processor.
+
+    Raises:
+        ModelError: If there is none, or the base is not one.
+    """
+    try:
+        config = PeftConfig.from_pretrained(adapter)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{adapter}: not an adapter: {str(error).splitlines()[0]}") from error
+    base = base or config.base_model_name_or_path
+    model, processor = load_base(base, revision or config.revision)
+    try:
+        return PeftModel.from_pretrained(model, adapter).merge_and_unload(), processor
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"{adapter}: does not fit {base}, or is damaged: {str(error).splitlines()[0]}") from error

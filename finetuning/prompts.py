@@ -1,0 +1,257 @@
+"""Draws prompts from labels, and makes of images, labels and prompts what the model takes."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import ndimage
+from torch.utils.data import Dataset, default_collate
+from transformers import SamProcessor
+
+from .samples import Sample, Window, shrink, visible
+
+
+KINDS = {"point": ("point",), "box": ("box",), "mixed": ("point", "box")}
+PADDING = -10  # SAM's label for points that are none
+OUTSIDE = -1  # in targets: beyond the image, where masks are cropped anyway
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What the model is told of an object: points in it and beside it, or its box.
+
+    Args:
+        kind: `point`, `box`, or `mixed`, which takes turns.
+        points: Points in the object.
+        negative_points: Points beside it.
+        jitter: Standard deviation of the noise on box corners in training, as a share of the box's sides: 10 % as in
+            Segment Anything (https://arxiv.org/abs/2304.02643, appendix A).
+    """
+
+    kind: str = "point"
+    points: int = 1
+    negative_points: int = 0
+    jitter: float = 0.1
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Those that take turns."""
+        return KINDS[self.kind]
+
+
+class ItemEncoder:
+    """Makes model inputs of an image, its labels and prompts for some of its objects.
+
+    Args:
+        processor: The model's.
+        mask_side: Pixels along a side of the masks that the model predicts.
+        prompts: What the model is told of an object.
+    """
+
+    def __init__(self, processor: SamProcessor, mask_side: int, prompts: Prompts):
+        self.processor = processor
+        self.mask_side = mask_side
+        self.prompts = prompts
+
+    def __call__(
+        self, image: np.ndarray, labels: np.ndarray, ids: np.ndarray, kind: str, rng: np.random.Generator, train: bool
+    ) -> dict[str, torch.Tensor]:
+        """Returns `pixel_values` (3, side, side), prompts for the objects `ids`, and their masks as `labels`.
+
+        In `labels` (objects, mask_side, mask_side) int8 the object is 1, what else is in the image 0, and `OUTSIDE`
+        what is beyond it.
+        """
+        noise = self.prompts.jitter if train else 0.0
+        if kind == "box":
+            boxes = [draw_box(labels == label, noise, rng) for label in ids]
+            inputs = self.processor(images=[image], input_boxes=[boxes], return_tensors="pt")
+        else:
+            numbers = self.prompts.points, self.prompts.negative_points
+            drawn = [draw_points(labels == label, *numbers, rng, central=not train) for label in ids]
+            points, point_labels = [list(part) for part in zip(*drawn, strict=True)]
+            inputs = self.processor(
+                images=[image], input_points=[points], input_labels=[point_labels], return_tensors="pt"
+            )
+        small = shrink(labels, self.mask_side)
+        targets = np.full((len(ids), self.mask_side, self.mask_side), OUTSIDE, dtype=np.int8)
+        targets[:, : small.shape[0], : small.shape[1]] = small == np.asarray(ids)[:, None, None]
+        names = ("pixel_values", "input_boxes", "input_points")
+        encoded = {name: inputs[name][0].float() for name in names if name in inputs}
+        if "input_labels" in inputs:
+            encoded["input_labels"] = inputs["input_labels"][0]
+        return {**encoded, "labels": torch.from_numpy(targets)}
+
+
+class TrainingSet(Dataset):
+    """All that training draws, in order: item i depends on the seed and on i alone.
+
+    So neither an interruption, nor worker processes, nor how a step is divided among machines changes anything.
+
+    Args:
+        samples: What to draw from; each is drawn once before any is drawn again.
+        encode: Makes model inputs.
+        size: Items to draw in all.
+        step_size: Items of one optimizer step, which get prompts of the same kind.
+        objects: Objects to draw of each sample, of which some may be the same, with other prompts.
+        augment: `none`, `crop` to draw a part and mirror it, or `turn` to turn it too.
+        min_area: Objects that show less than this many pixels of the predicted masks are not drawn.
+        seed: Of everything drawn.
+    """
+
+    def __init__(
+        self,
+        samples: list[Sample],
+        encode: ItemEncoder,
+        size: int,
+        step_size: int,
+        objects: int = 6,
+        augment: str = "turn",
+        min_area: int = 4,
+        seed: int = 0,
+    ):
+        self.samples = samples
+        self.encode = encode
+        self.size = size
+        self.step_size = step_size
+        self.objects = objects
+        self.augment = augment
+        self.min_area = min_area
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """Returns item `index` of the drawing."""
+        rng = np.random.default_rng([self.seed, 1, index])
+        image, labels, ids = self.crop(self.draw(index), rng)
+        kinds = self.encode.prompts.kinds
+        kind = kinds[index // self.step_size % len(kinds)]
+        return self.encode(image, labels, rng.choice(ids, self.objects), kind, rng, train=True)
+
+    def draw(self, index: int) -> Sample:
+        """The sample of item `index`."""
+        turn, place = divmod(index, len(self.samples))
+        order = np.random.default_rng([self.seed, 0, turn]).permutation(len(self.samples))
+        return self.samples[order[place]]
+
+    def crop(self, sample: Sample, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns a part of the sample, augmented, its labels, and the objects that can be drawn from it."""
+        image, labels = sample.read()
+        if self.augment == "none":
+            return image, labels, sample.ids
+        ids = sample.ids
+        window: Window = np.s_[:, :]
+        for _ in range(10):  # then it is the whole
+            size = [max(1, int(edge * rng.uniform(0.6, 1))) for edge in labels.shape]
+            top, left = (int(rng.integers(full - part + 1)) for full, part in zip(labels.shape, size, strict=True))
+            part = np.s_[top : top + size[0], left : left + size[1]]
+            shown = np.intersect1d(sample.ids, visible(shrink(labels[part], self.encode.mask_side), self.min_area))
+            if len(shown):
+                ids, window = shown, part
+                break
+        turns = int(rng.integers(4)) if self.augment == "turn" else 0
+        mirror = int(rng.choice([-1, 1]))
+        image, labels = (
+            np.ascontiguousarray(np.rot90(array[window], turns)[:, ::mirror]) for array in (image, labels)
+        )
+        return image, labels, ids
+
+
+class ValidationSet(Dataset):
+    """Every object of the samples once, with the same prompts each time: exact boxes, and the points deepest inside.
+
+    Args:
+        samples: What to validate on.
+        encode: Makes model inputs.
+        objects: Objects of an item at most; those of an image that has more are divided among several.
+        seed: Of further points.
+    """
+
+    def __init__(self, samples: list[Sample], encode: ItemEncoder, objects: int = 32, seed: int = 0):
+        self.encode = encode
+        self.seed = seed
+        self.items = [
+            (sample, sample.ids[start : start + objects], kind)
+            for kind in encode.prompts.kinds
+            for sample in samples
+            for start in range(0, len(sample.ids), objects)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """Returns up to `objects` objects of one image."""
+        sample, ids, kind = self.items[index]
+        image, labels = sample.read()
+        return self.encode(image, labels, ids, kind, np.random.default_rng([self.seed, 2, index]), train=False)
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Makes a batch of items, and asks for three masks per prompt or for one."""
+
+    multimask: bool
+
+    def __call__(self, items: list[dict[str, torch.Tensor]]) -> dict[str, Any]:
+        """Returns the items' tensors, stacked."""
+        return {**default_collate(items), "multimask_output": self.multimask}
+
+
+def draw_points(
+    mask: np.ndarray, positive: int, negative: int, rng: np.random.Generator, central: bool
+) -> tuple[list[list[float]], list[int]]:
+    """Returns points (x, y) in `mask` (H, W) and beside it, and their labels.
+
+    The labels are 1 inside, 0 outside, and -10 (padding) where the object fills the image.
+
+    With `central`, the first is the one deepest inside.
+    """
+    inside = np.argwhere(mask)
+    points = inside[rng.integers(len(inside), size=positive)]
+    labels = [1] * positive
+    if central:
+        points[0] = deepest(mask)
+    if negative:
+        beside = np.argwhere(surroundings(mask) & ~mask)
+        labels += [0 if len(beside) else PADDING] * negative
+        beside = beside if len(beside) else np.zeros((1, 2), dtype=int)
+        points = np.concatenate([points, beside[rng.integers(len(beside), size=negative)]])
+    return [[float(column), float(row)] for row, column in points], labels
+
+
+def deepest(mask: np.ndarray) -> np.ndarray:
+    """The (row, column) in `mask` that is farthest from what is not."""
+    left, top, right, bottom = (int(edge) for edge in box_of(mask))
+    part = np.pad(mask[top : bottom + 1, left : right + 1], 1)  # the rest of a large image is of no interest
+    depth = ndimage.distance_transform_edt(part)[1:-1, 1:-1]
+    row, column = np.unravel_index(depth.argmax(), depth.shape)
+    return np.array([row + top, column + left])
+
+
+def surroundings(mask: np.ndarray) -> np.ndarray:
+    """The part of the image within half an object's size of the box of `mask`."""
+    around = np.zeros_like(mask)
+    left, top, right, bottom = (int(edge) for edge in box_of(mask))
+    margin = 1 + max(right - left, bottom - top) // 2
+    around[max(0, top - margin) : bottom + margin + 1, max(0, left - margin) : right + margin + 1] = True
+    return around
+
+
+def draw_box(mask: np.ndarray, jitter: float, rng: np.random.Generator) -> list[float]:
+    """Returns the box (left, top, right, bottom) of `mask` (H, W), with noise but inside the image."""
+    box = box_of(mask)
+    sides = np.tile(box[2:] - box[:2], 2)
+    box = box + jitter * sides * rng.standard_normal(4)
+    (top, bottom), (left, right) = (
+        np.sort(np.clip(box[axis::2], 0, edge - 1)) for axis, edge in ((1, mask.shape[0]), (0, mask.shape[1]))
+    )
+    return [float(left), float(top), float(right), float(bottom)]
+
+
+def box_of(mask: np.ndarray) -> np.ndarray:
+    """The (left, top, right, bottom) pixels of `mask`."""
+    rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+    return np.array([columns[0], rows[0], columns[-1], rows[-1]], dtype=float)

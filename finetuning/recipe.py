@@ -1,0 +1,192 @@
+"""The recipe: from settings to a trained adapter or model, with its metrics, and back to an interrupted run."""
+
+import hashlib
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import huggingface_hub
+import psutil
+import torch
+from peft import PeftModel
+from transformers import set_seed
+
+from checkpoint_tools.staging import staged
+
+from .data import Coins, coco_images, paired_files
+from .model import four_bits, load_base, make_trainable
+from .results import write_results
+from .samples import TrainValidationParts, train_validation_parts
+from .settings import Settings, SettingsError
+from .training import build_trainer, build_training_args, metrics_of
+
+
+# What may differ when a run is resumed: the result is the same.
+NOT_PART_OF_THE_RUN = {"resume", "output", "force", "export", "push_to_hub", "workers", "minutes"}
+
+
+def finetune(settings: Settings) -> None:
+    """Trains what the settings ask for, and writes all results into the output folder.
+
+    Raises:
+        DataError: If something is wrong with the files; nothing is written then.
+        ModelError: If something is wrong with the base model.
+        SettingsError: If the settings do not fit the machine, or the run to be resumed.
+        FileExistsError: If the output folder is in use.
+    """
+    training_args = build_training_args(settings)  # first, as it joins the other processes
+    is_main = training_args.process_index == 0
+    say = print if is_main else lambda *_: None
+    huggingface_hub.logging.set_verbosity_error()  # else it logs every retry without a network
+    if settings.push_to_hub:
+        require_login()
+
+    set_seed(settings.seed)
+    model, processor = load_base(
+        settings.base, settings.revision, four_bits(settings.bf16) if settings.load_in_4bit else None
+    )
+    mask_side = 4 * model.prompt_encoder.image_embedding_size[0]
+    parts, about_data = read_data(settings, mask_side)
+    objects = {name: sum(len(s.ids) for s in getattr(parts, name)) for name in ("train", "validation")}
+    say(f"{about_data}: {objects['train']} objects to learn from, {objects['validation']} to validate on.")
+    for note in parts.notes:
+        say(f"  {note}")
+    model = make_trainable(model, settings)
+    trainable, total = parameter_counts(model)
+    say(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
+    checkpoint = start(settings, parts, training_args.world_size, is_main)
+
+    # Do not call `trainer.evaluate()` before `train()`: accelerate would skip wrapping the model in DDP, and ranks
+    # would diverge.
+    training_args.eval_on_start = checkpoint is None
+    trainer = build_trainer(settings, training_args, model, processor, parts, mask_side)
+    started, cpu_started, loaded = time.perf_counter(), time.process_time(), peak_memory()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
+    before = metrics_of(next(entry for entry in trainer.state.log_history if "eval_iou" in entry))
+    after = metrics_of(trainer.evaluate())
+
+    folder = settings.output / ("adapter" if isinstance(model, PeftModel) else "model")
+    trainer.save_model(str(folder))  # by all processes, which may each hold a part of it
+    if not is_main:
+        return
+    (folder / "training_args.bin").unlink()  # a pickle, for no one but Trainer
+    metrics = {
+        "base": settings.base,
+        "revision": settings.revision,
+        "data": about_data,
+        "prompt": settings.prompt,
+        "objects": objects,
+        "trainable_parameters": trainable,
+        "before": before,
+        "after": after,
+        "steps": trainer.state.global_step,
+        "best_step": trainer.state.best_global_step,
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
+        "peak_gigabytes": (peak_memory() - loaded) / 1e9,  # above what it took to load all
+        "history": trainer.state.log_history,
+    }
+    write_results(settings, folder, metrics, trainer.eval_dataset)
+
+
+def require_login() -> None:
+    """Finds out before training whether there is someone to upload as.
+
+    Raises:
+        SettingsError: If not.
+    """
+    try:
+        huggingface_hub.HfApi().whoami()
+    except Exception as error:  # no token, a wrong one, no network
+        raise SettingsError(
+            f"--push-to-hub: the Hub does not know you. Run hf auth login. ({type(error).__name__})"
+        ) from None
+
+
+def read_data(settings: Settings, mask_side: int) -> tuple[TrainValidationParts, str]:
+    """Returns the samples, and their description in words."""
+    notes: list[str] = []
+    if settings.images and settings.coco:
+        sources, notes = coco_images(settings.images, settings.coco)
+    elif settings.images and settings.masks:
+        sources = paired_files(settings.images, settings.masks)
+    else:
+        sources = [Coins()]
+    validation = settings.validation or (0.5 if len(sources) == 1 else 0.2)
+    parts = train_validation_parts(
+        sources, mask_side, validation, settings.tile, settings.overlap, settings.min_area, settings.seed
+    )
+    parts.notes[:0] = notes
+    number = "1 image" if len(sources) == 1 else f"{len(sources)} images"
+    return parts, f"{number} from {settings.images.name}" if settings.images else "A photograph of coins"
+
+
+def parameter_counts(model: torch.nn.Module) -> tuple[int, int]:
+    """Returns the trainable parameters and all, of which PEFT knows those in 4 bits."""
+    if isinstance(model, PeftModel):
+        return model.get_nb_trainable_parameters()
+    return sum(p.numel() for p in model.parameters() if p.requires_grad), sum(p.numel() for p in model.parameters())
+
+
+def start(settings: Settings, parts: TrainValidationParts, world_size: int, is_main: bool) -> str | None:
+    """Notes the settings in the output folder, or finds there the checkpoint to go on from.
+
+    Raises:
+        SettingsError: If the folder holds something else, or what is to be resumed had other settings.
+        FileExistsError: If it is in use.
+    """
+    file = settings.output / "settings.json"
+    run = {name: value for name, value in asdict(settings).items() if name not in NOT_PART_OF_THE_RUN}
+    run |= {"processes": world_size, "data": digest(parts)}
+    run = json.loads(json.dumps(run, default=lambda path: str(path.resolve())))
+    if settings.resume and file.exists():
+        earlier = json.loads(file.read_text())
+        if changed := [name for name in run if run[name] != earlier.get(name)]:
+            differences = ", ".join(f"{name} {earlier.get(name)} then and {run[name]} now" for name in changed)
+            raise SettingsError(f"--resume: {settings.output} was started with other settings: {differences}.")
+        # The state is written last: a checkpoint without one was interrupted.
+        complete = [state.parent for state in settings.output.glob("checkpoints/checkpoint-*/trainer_state.json")]
+        if not complete:
+            return None
+        last = max(complete, key=lambda folder: int(folder.name.split("-")[1]))
+        best = json.loads((last / "trainer_state.json").read_text())["best_model_checkpoint"]
+        if best and not Path(best).is_dir():  # transformers would end with the last weights instead
+            raise SettingsError(
+                f"--resume: the best checkpoint so far was {best}, which is not there: move {settings.output} "
+                "back, or start from the folder in which it was started."
+            )
+        return str(last)
+    if is_main:
+        if settings.force and settings.output.is_dir() and any(settings.output.iterdir()) and not file.exists():
+            raise SettingsError(
+                f"--force: {settings.output} is not the output of an earlier run; choose another --output."
+            )
+        # A new folder, as an earlier run's checkpoints would be taken for this one's.
+        with staged(settings.output, force=settings.force) as folder:
+            (folder / file.name).write_text(json.dumps(run, indent=2) + "\n")
+    return None
+
+
+def digest(parts: TrainValidationParts) -> str:
+    """Differs if images or objects have come or gone, with which a run would validate on what it learnt from."""
+    samples = [
+        (name, Path(sample.source.name).name, str(sample.window), sample.ids.tolist())
+        for name in ("train", "validation")
+        for sample in getattr(parts, name)
+    ]
+    return hashlib.sha256(json.dumps(samples).encode()).hexdigest()[:12]
+
+
+def peak_memory() -> float:
+    """The most bytes that this process has held: of the GPU, or where there is none, of memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource  # which Windows does not have
+
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kilobytes if sys.platform == "darwin" else kilobytes * 1024

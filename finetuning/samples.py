@@ -1,0 +1,167 @@
+"""Chooses what to learn from and what to validate on, whole images or tiles of them."""
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from tqdm import tqdm
+
+from .data import DataError, Source
+
+
+Window = tuple[slice, slice]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A part of an image, and the labels of the objects that it is to teach or to test."""
+
+    source: Source
+    window: Window
+    ids: np.ndarray
+
+    def read(self) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the part of the image (H, W, 3) and its labels (H, W), with all objects that show in it."""
+        image, labels = read_cached(self.source)
+        return image[self.window], labels[self.window]
+
+
+@functools.lru_cache(maxsize=8)  # the images may be large, and many tiles be of the same
+def read_cached(source: Source) -> tuple[np.ndarray, np.ndarray]:
+    """Reads a source, and keeps the last ones in memory."""
+    return source.read()
+
+
+@dataclass
+class TrainValidationParts:
+    """The samples to learn from and to validate on, and what was left out, in words."""
+
+    train: list[Sample]
+    validation: list[Sample]
+    notes: list[str]
+
+
+def train_validation_parts(
+    sources: list[Source],
+    mask_side: int,
+    validation: float = 0.2,
+    tile: int | None = None,
+    overlap: float = 0.25,
+    min_area: int = 4,
+    seed: int = 0,
+) -> TrainValidationParts:
+    """Reads everything once, keeps whole images for validation, and cuts all into tiles.
+
+    Of a single image a part is held out, and the objects that reach into both parts teach and test nothing.
+
+    Args:
+        sources: Where the images and labels come from.
+        mask_side: Pixels that the longest side of an image has in the masks that the model predicts.
+        validation: Share of the images, or of the only image, to keep for validation.
+        tile: Side of the tiles in pixels; None to take images as they are.
+        overlap: Share of a tile that the next one shows too.
+        min_area: Objects that show less than this many pixels, of the masks that the model predicts, are left out.
+        seed: Of the choice of images.
+
+    Raises:
+        DataError: If there is something wrong with any of the files, or nothing is left to learn from or validate on.
+    """
+    sizes = check(sources)
+    held_out = set(np.random.default_rng(seed).permutation(len(sources))[: max(1, round(validation * len(sources)))])
+    samples: dict[bool, list[Sample]] = {False: [], True: []}
+    fragments = empty = spanning = 0
+    for index, (source, size) in enumerate(zip(sources, sizes, strict=True)):
+        _, labels = read_cached(source)
+        parts, excluded = {index in held_out: (slice(0, size[0]), slice(0, size[1]))}, np.array([], dtype=labels.dtype)
+        if len(sources) == 1:
+            parts = halves(size, validation)
+            excluded = np.intersect1d(labels[parts[False]], labels[parts[True]])
+            spanning = int(np.count_nonzero(excluded))
+        for is_validation, part in parts.items():
+            for window in tiles(part, tile, overlap):
+                shown = np.setdiff1d(np.unique(labels[window]), [0, *excluded])
+                ids = np.intersect1d(shown, visible(shrink(labels[window], mask_side), min_area))
+                fragments += len(shown) - len(ids)
+                empty += not len(ids)
+                if len(ids):
+                    samples[is_validation].append(Sample(source, window, ids))
+    notes = [
+        f"{number} {what}"
+        for number, what in (
+            (spanning, "objects reach from the training into the validation part and are left out of both"),
+            (
+                fragments,
+                f"objects or cut-off parts of them are left out: under {min_area} pixels of the model's masks",
+            ),
+            (empty, "images or tiles are left out: they show no object"),
+        )
+        if number
+    ]
+    for purpose, is_validation in (("learn from", False), ("validate on", True)):
+        if not samples[is_validation]:
+            raise DataError([f"There is no object to {purpose}. Give more images, or another --validation.", *notes])
+    return TrainValidationParts(samples[False], samples[True], notes)
+
+
+def check(sources: list[Source]) -> list[tuple[int, int]]:
+    """Returns the (height, width) of each image.
+
+    Raises:
+        DataError: With all that is wrong with any of them.
+    """
+    sizes, problems = [], []
+    for source in tqdm(sources, desc="Reading", unit="image", disable=len(sources) < 50):
+        try:
+            image, labels = read_cached(source)
+            sizes.append(labels.shape)
+            if image.shape[:2] != labels.shape:
+                raise ValueError(
+                    f"{source.name}: the image has {image.shape[1]} x {image.shape[0]} pixels and its mask "
+                    f"{labels.shape[1]} x {labels.shape[0]}; they must agree."
+                )
+        except (ValueError, OSError) as error:
+            problems.append(str(error))
+    if problems:
+        raise DataError(problems)
+    return sizes
+
+
+def halves(size: tuple[int, int], validation: float) -> dict[bool, Window]:
+    """The parts of an image to learn from (False) and to validate on (True), cut across its longer side."""
+    height, width = size
+    if width >= height:
+        cut = round(width * (1 - validation))
+        return {False: (slice(0, height), slice(0, cut)), True: (slice(0, height), slice(cut, width))}
+    cut = round(height * (1 - validation))
+    return {False: (slice(0, cut), slice(0, width)), True: (slice(cut, height), slice(0, width))}
+
+
+def tiles(part: Window, side: int | None, overlap: float) -> Iterator[Window]:
+    """Windows of at most `side` pixels that cover `part`; the last of a row or column lie at its border."""
+    if side is None:
+        yield part
+        return
+
+    def starts(span: slice) -> list[int]:
+        last = max(span.start, span.stop - side)
+        return [*range(span.start, last, max(1, round(side * (1 - overlap)))), last]
+
+    for top in starts(part[0]):
+        for left in starts(part[1]):
+            yield slice(top, min(top + side, part[0].stop)), slice(left, min(left + side, part[1].stop))
+
+
+def shrink(labels: np.ndarray, side: int) -> np.ndarray:
+    """`labels` with `side` pixels along the longest edge, each that of the nearest pixel, as the processor's are."""
+    size = [max(1, int(edge * side / max(labels.shape) + 0.5)) for edge in labels.shape]
+    rows, columns = (
+        ((np.arange(new) + 0.5) * old / new).astype(int) for new, old in zip(size, labels.shape, strict=True)
+    )
+    return labels[rows[:, None], columns]
+
+
+def visible(labels: np.ndarray, min_area: int) -> np.ndarray:
+    """The objects that show at least `min_area` pixels."""
+    ids, areas = np.unique(labels[labels > 0], return_counts=True)
+    return ids[areas >= min_area]

@@ -1,0 +1,1 @@
+"""How `checkpoints/sam-tiny` was made: drawn scenes, and training from scratch on them."""

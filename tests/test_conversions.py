@@ -1,0 +1,345 @@
+"""Whole checkpoints in other layouts: Meta's own code is the oracle of Meta's, stock SAM of the rest."""
+
+import functools
+import importlib
+import importlib.util
+import re
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import assert_holds_weights_of, assert_same_outputs, randomize, stock_model
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModel, AutoProcessor, PreTrainedModel, SamConfig, SamModel
+from transformers.utils import logging
+
+import convert
+from checkpoint_tools import conversions, meta_layout
+from checkpoint_tools.staging import ROOT, SAM_TINY, split_class
+
+
+META = {"hidden_size": 32, "mlp_dim": 48, "num_layers": 2, "heads": 8}  # of the decoder; 8 heads as all of Meta's
+
+
+@pytest.fixture(scope="module")
+def segment_anything() -> types.ModuleType:
+    """Meta's model classes; the package itself would import torchvision for its predictor."""
+    spec = importlib.util.find_spec("segment_anything")
+    if spec is None:
+        pytest.skip("segment-anything-py is not installed")
+    package = types.ModuleType("segment_anything")
+    package.__path__ = list(spec.submodule_search_locations)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "segment_anything", package)
+        for module in ("modeling", "build_sam"):
+            importlib.import_module(f"segment_anything.{module}")
+        yield package
+    for name in [name for name in sys.modules if name.startswith("segment_anything.")]:
+        del sys.modules[name]
+
+
+def meta_model(segment_anything, hidden_size=24, depth=4, heads=2, grid=9, window=4, global_layers=(1, 3)):
+    """Built as Meta's `build_sam` does, but small, and with noise everywhere."""
+    modeling = segment_anything.modeling
+    model = modeling.Sam(
+        modeling.ImageEncoderViT(
+            img_size=8 * grid,
+            patch_size=8,
+            embed_dim=hidden_size,
+            depth=depth,
+            num_heads=heads,
+            mlp_ratio=1.5,
+            out_chans=META["hidden_size"],
+            norm_layer=functools.partial(torch.nn.LayerNorm, eps=1e-6),
+            use_rel_pos=True,
+            window_size=window,
+            global_attn_indexes=global_layers,
+        ),
+        modeling.PromptEncoder(META["hidden_size"], (grid, grid), (8 * grid, 8 * grid), mask_in_chans=8),
+        modeling.MaskDecoder(
+            transformer_dim=META["hidden_size"],
+            transformer=modeling.TwoWayTransformer(
+                META["num_layers"], META["hidden_size"], META["heads"], META["mlp_dim"]
+            ),
+            iou_head_depth=4,
+            iou_head_hidden_dim=40,
+        ),
+    )
+    return randomize(model).eval()
+
+
+SIZES = {
+    "windows and global": {},
+    "wider and deeper": {"hidden_size": 40, "depth": 5, "heads": 4, "grid": 8, "window": 3, "global_layers": (4,)},
+    "global only": {"depth": 2, "global_layers": (0, 1)},
+    "windows only": {"depth": 2, "global_layers": ()},
+    "window of the whole image": {"window": 9},
+}
+
+PROMPTS = {
+    "points": ("points",),
+    "boxes": ("boxes",),
+    "points and boxes": ("points", "boxes"),
+    "mask": ("masks",),
+    "points and mask": ("points", "masks"),
+    "box and mask": ("boxes", "masks"),
+}
+
+
+@torch.no_grad()
+def assert_same_as_meta(model: PreTrainedModel, meta: torch.nn.Module, prompts: tuple[str, ...], multimask: bool):
+    """For one image, in which a mask prompt allows one object, and two objects otherwise."""
+    side = meta.image_encoder.img_size
+    objects = 1 if "masks" in prompts else 2
+    image = torch.randn(1, 3, side, side)
+    points, boxes = side * torch.rand(objects, 3, 2), side * torch.rand(objects, 4)
+    labels = torch.tensor([1, 0, 1]).expand(objects, 3)
+    masks = torch.randn(1, 1, side // 2, side // 2)
+    sparse, dense = meta.prompt_encoder(
+        points=(points, labels) if "points" in prompts else None,
+        boxes=boxes if "boxes" in prompts else None,
+        masks=masks if "masks" in prompts else None,
+    )
+    expected_masks, expected_scores = meta.mask_decoder(
+        image_embeddings=meta.image_encoder(image),
+        image_pe=meta.prompt_encoder.get_dense_pe(),
+        sparse_prompt_embeddings=sparse,
+        dense_prompt_embeddings=dense,
+        multimask_output=multimask,
+    )
+    ours = {
+        "points": {"input_points": points[None], "input_labels": labels[None]},
+        "boxes": {"input_boxes": boxes[None]},
+        "masks": {"input_masks": masks},
+    }
+    inputs = {name: tensor for prompt in prompts for name, tensor in ours[prompt].items()}
+    actual = model(pixel_values=image, multimask_output=multimask, **inputs)
+    assert_same_outputs(
+        {"masks": actual.pred_masks[0], "scores": actual.iou_scores[0]},
+        {"masks": expected_masks, "scores": expected_scores},
+    )
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_from_meta_gives_metas_outputs(size, segment_anything, tmp_path, logged):
+    meta = meta_model(segment_anything, **SIZES[size])
+    torch.save(meta.state_dict(), tmp_path / "sam.pth")
+    assert conversions.from_meta(tmp_path / "sam.pth", tmp_path / "split", decoder_heads=META["heads"]) < 1e-6
+    model = AutoModel.from_pretrained(tmp_path / "split", trust_remote_code=True)
+    assert_same_as_meta(model, meta, ("points",), multimask=True)
+    assert model.config.vision_config.global_attn_indexes == list(SIZES[size].get("global_layers", (1, 3))) or (
+        size == "window of the whole image"
+    )
+    assert all("torchvision" in message for message in logged)  # which the image processor does without
+
+
+@pytest.mark.parametrize("multimask", [False, True])
+@pytest.mark.parametrize("prompts", PROMPTS)
+def test_meta_prompts(prompts, multimask, segment_anything):
+    meta = meta_model(segment_anything)
+    model = meta_layout.sam_from_meta(meta.state_dict(), META["heads"])
+    assert_same_as_meta(model, meta, PROMPTS[prompts], multimask)
+
+
+@pytest.mark.parametrize("layout", ["split", "stock"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_meta_and_back(layout, dtype, segment_anything, tmp_path):
+    """The very same file content, which Meta's class loads strictly."""
+    meta = meta_model(segment_anything).to(dtype)
+    torch.save({"model": meta.state_dict(), "epoch": 3}, tmp_path / "trained.pth")  # as training scripts do
+    conversions.from_meta(tmp_path / "trained.pth", tmp_path / "model", stock=layout == "stock", decoder_heads=8)
+    if layout == "stock":
+        assert SamModel.from_pretrained(tmp_path / "model").dtype == dtype
+    assert conversions.to_meta(str(tmp_path / "model"), tmp_path / "sam.pth") == 0
+    back = torch.load(tmp_path / "sam.pth", weights_only=True)
+    assert back.keys() == meta.state_dict().keys()
+    for name, tensor in meta.state_dict().items():
+        assert back[name].dtype == dtype
+        assert torch.equal(back[name], tensor), name
+    meta.load_state_dict(back)
+
+
+@pytest.mark.parametrize(
+    ("size", "width", "layers"), [("vit_b", 768, 12), ("vit_l", 1024, 24), ("vit_h", 1280, 32)], ids=lambda x: str(x)
+)
+def test_sizes_of_meta(size, width, layers, segment_anything):
+    """Found from the shapes of Meta's own builders, without their memory."""
+    with torch.device("meta"):
+        weights = getattr(segment_anything.build_sam, f"build_sam_{size}")().state_dict()
+    found = meta_layout.config_of(weights)
+    expected = {
+        "vit_b": SamConfig(),
+        "vit_l": SamConfig(
+            vision_config={
+                "hidden_size": width,
+                "num_hidden_layers": layers,
+                "num_attention_heads": 16,
+                "global_attn_indexes": [5, 11, 17, 23],
+            }
+        ),
+        "vit_h": SamConfig(
+            vision_config={
+                "hidden_size": width,
+                "num_hidden_layers": layers,
+                "num_attention_heads": 16,
+                "global_attn_indexes": [7, 15, 23, 31],
+            }
+        ),
+    }[size]
+    expected.mask_decoder_config.layer_norm_eps = 1e-5  # in Meta's code; transformers has 1e-6
+    found, expected = found.to_dict(), expected.to_dict()
+    for config in (found, expected):
+        config["vision_config"]["global_attn_indexes"] = list(config["vision_config"]["global_attn_indexes"])
+    assert found == expected
+    assert set(meta_layout.names(SamConfig.from_dict(expected)).values()) == weights.keys()
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda weights: weights.pop("image_encoder.neck.3.bias"), "missing: image_encoder.neck.3.bias"),
+        (lambda weights: weights.update(extra=torch.zeros(1)), "unknown: extra"),
+        (lambda weights: weights.pop("image_encoder.pos_embed"), "expected was image_encoder.pos_embed"),
+        (
+            lambda weights: weights.update({"image_encoder.blocks.2.attn.qkv.weight": torch.zeros(48, 24)}),
+            "another shape than the other weights imply: image_encoder.blocks.2.attn.qkv.weight",
+        ),
+        (
+            lambda weights: weights.update({"image_encoder.pos_embed": torch.zeros(1, 6, 6, 24)}),
+            "windows of [4, 9] tokens, and the image has 6 x 6 tokens",
+        ),
+        (lambda weights: weights.clear(), "expected was image_encoder.patch_embed.proj.weight"),
+        (lambda weights: weights.update(extra="text"), "does not hold weights by name"),
+        (lambda weights: weights.update(extra=torch.zeros(1, dtype=torch.int8)), "several dtypes"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_is_not_metas_is_refused(change, problem, segment_anything, tmp_path):
+    weights = dict(meta_model(segment_anything).state_dict())
+    change(weights)
+    torch.save(weights, tmp_path / "sam.pth")
+    with pytest.raises(ValueError, match=re.escape(problem)):
+        conversions.from_meta(tmp_path / "sam.pth", tmp_path / "model", decoder_heads=8)
+    assert not (tmp_path / "model").exists()
+
+
+def test_heads_that_nothing_tells_are_asked_for(segment_anything):
+    with pytest.raises(ValueError, match="--decoder-heads"):
+        meta_layout.sam_from_meta(meta_model(segment_anything).state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_to_split_and_to_sam(dtype, stock, processor, inputs, tmp_path, capsys):
+    original = stock_model().to(dtype)
+    original.save_pretrained(tmp_path / "stock")
+    processor.save_pretrained(tmp_path / "stock")
+    assert conversions.to_split(str(tmp_path / "stock"), tmp_path / "split") < 1e-5
+    split = AutoModel.from_pretrained(tmp_path / "split", trust_remote_code=True)
+    assert_holds_weights_of(split, original, dtype)
+    assert AutoProcessor.from_pretrained(tmp_path / "split").image_processor.pad_size == {"height": 64, "width": 64}
+    assert conversions.to_sam(str(tmp_path / "split"), tmp_path / "back") < 1e-5
+    back = SamModel.from_pretrained(tmp_path / "back")
+    assert back.dtype == dtype
+    assert all(torch.equal(tensor, original.state_dict()[name]) for name, tensor in back.state_dict().items())
+    assert AutoProcessor.from_pretrained(tmp_path / "back").image_processor.pad_size == {"height": 64, "width": 64}
+    assert "Note" not in capsys.readouterr().out
+
+
+def test_adapter_is_merged(split_dir, load, inputs, tmp_path):
+    config = LoraConfig(target_modules=["q", "v", "lin1"], init_lora_weights=False, task_type="FEATURE_EXTRACTION")
+    adapted = get_peft_model(load(), config).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    assert conversions.to_sam(str(split_dir), tmp_path / "stock", adapter=str(tmp_path / "adapter")) < 1e-5
+    with torch.no_grad():
+        tuned, plain = SamModel.from_pretrained(tmp_path / "stock")(**inputs), load()(**inputs)
+        assert_same_outputs(tuned, adapted(**inputs))
+    assert not torch.allclose(tuned.pred_masks, plain.pred_masks)
+
+
+def test_a_split_model_is_not_split_again(split_dir, tmp_path):
+    with pytest.raises(ValueError, match="'sam_split', and only stock SAM"):
+        conversions.to_split(str(split_dir), tmp_path / "again")
+
+
+def test_a_vision_encoder_alone_is_refused(split_dir, tmp_path):
+    split_class("SamSplitVisionModel").from_pretrained(split_dir).save_pretrained(tmp_path / "vision")
+    with pytest.raises(ValueError, match="'sam_split_vision_model': expected was a whole SAM"):
+        conversions.to_sam(str(tmp_path / "vision"), tmp_path / "stock")
+
+
+def test_a_wrong_result_is_not_kept(split_dir, stock, tmp_path, monkeypatch):
+    """Whatever the mistake, the comparison at the end finds it."""
+    wrong = type("Wrong", (split_class(),), {"to_sam": lambda self: randomize(stock_model(), seed=9)})
+    monkeypatch.setattr("checkpoint_tools.loading.split_class", lambda: wrong)
+    with pytest.raises(ValueError, match="Nothing was written"):
+        conversions.to_sam(str(split_dir), tmp_path / "stock")
+    with pytest.raises(ValueError, match="Nothing was written"):
+        monkeypatch.setattr(meta_layout, "meta_from_sam", lambda model: meta_from_sam(stock_model().float()))
+        conversions.to_meta(str(split_dir), tmp_path / "sam.pth")
+    assert not list(tmp_path.iterdir())
+
+
+meta_from_sam = meta_layout.meta_from_sam
+
+
+@pytest.fixture
+def main(monkeypatch, tmp_path) -> Callable[[str], None]:
+    """Runs the command line in an empty folder; what it tells transformers about logging ends with the test."""
+    monkeypatch.chdir(tmp_path)
+    verbosity = logging.get_verbosity()
+
+    def run(command: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["convert.py", *command.split()])
+        convert.main()
+
+    yield run
+    logging.set_verbosity(verbosity)
+
+
+def test_command_line(main, tmp_path, capsys):
+    """On the embedded checkpoint, there and back."""
+    for command in (
+        f"to-split {SAM_TINY} model",
+        "to-meta model sam.pth",
+        "from-meta sam.pth model --stock --decoder-heads 4 --force",
+    ):
+        main(command)
+        written = "sam.pth" if command.startswith("to-meta") else "model"
+        assert re.search(rf"Wrote {written}\. Masks and scores .* differ by \d\.\de[-+]\d\d", capsys.readouterr().out)
+    back = SamModel.from_pretrained("model").state_dict()
+    for name, tensor in SamModel.from_pretrained(SAM_TINY).state_dict().items():
+        assert torch.equal(back[name], tensor)
+
+
+def test_runs_from_anywhere_and_fails_in_one_line(tmp_path):
+    """And code in a pickle is not run."""
+    torch.save({"model": print}, tmp_path / "sam.pth")
+    command = [sys.executable, ROOT / "convert.py", "from-meta", tmp_path / "sam.pth", tmp_path / "model"]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd="/")
+    assert process.returncode == 1
+    assert process.stdout == ""
+    assert process.stderr.splitlines()[-1].startswith(f"convert.py: {tmp_path}/sam.pth was not converted: ")
+    assert "no intact file of plain tensors" in process.stderr
+    assert "Traceback" not in process.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["sam.pth"]
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("to-sam nowhere out", "nowhere"),
+        ("to-split {stock_dir} {split_dir}", "not empty"),
+        ("from-meta nowhere.pth out", "No such file"),
+        ("from-meta {stock_dir}/config.json out", "no intact file"),
+        ("to-meta {stock_dir} {split_dir}/config.json", "exists: choose another name"),
+    ],
+)
+def test_errors_are_one_line(command, message, main, stock_dir, split_dir, tmp_path):
+    with pytest.raises(SystemExit) as error:
+        main(command.format(**locals()))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())

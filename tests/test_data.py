@@ -1,0 +1,232 @@
+"""What the fine-tuning recipe reads, and what it refuses."""
+
+import json
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from labelled_images import MASK_SIDE, blocks, save_pair
+from PIL import Image
+from pycocotools import mask as rle
+
+from finetuning.data import Coins, DataError, coco_images, paired_files, read_image, read_mask
+from finetuning.samples import train_validation_parts
+
+
+GREY = np.arange(12, dtype=np.uint8).reshape(3, 4) * 20
+WIDE = np.arange(12, dtype=np.uint16).reshape(3, 4) * 300 + 1000  # scaled to 0 ... 255
+COLOUR = np.stack([GREY, 255 - GREY, GREY // 2], -1)
+STRETCHED = np.round(np.arange(12).reshape(3, 4) * 255 / 11)
+
+
+@pytest.mark.parametrize(
+    ("name", "pixels", "expected"),
+    [
+        ("grey.png", GREY, GREY),
+        ("grey16.png", WIDE, STRETCHED),
+        ("rgb.png", COLOUR, COLOUR),
+        ("rgba.png", np.dstack([COLOUR, GREY]), COLOUR),
+        ("grey.tif", GREY, GREY),
+        ("grey16.TIF", WIDE, STRETCHED),
+        ("rgb.tiff", COLOUR, COLOUR),
+        ("rgba.tiff", np.dstack([COLOUR, GREY]), COLOUR),
+        ("rgb16.tiff", np.dstack([WIDE] * 3), STRETCHED),
+        ("rgba16.tiff", np.dstack([WIDE] * 3 + [65535 + 0 * WIDE]), STRETCHED),
+        ("planes.tiff", np.moveaxis(COLOUR, 2, 0), COLOUR),
+        ("bits.png", GREY > 100, 255 * (GREY > 100)),
+    ],
+)
+def test_reads_every_kind_of_image(name, pixels, expected, tmp_path):
+    path = tmp_path / name
+    if name.lower().endswith(("tif", "tiff")):
+        planar = "separate" if name.startswith("planes") else None
+        tifffile.imwrite(path, pixels, photometric="rgb" if pixels.ndim == 3 else "minisblack", planarconfig=planar)
+    else:
+        Image.fromarray(pixels).save(path)
+    image = read_image(path)
+    assert image.dtype == np.uint8
+    if expected.ndim == 2:
+        expected = np.dstack([expected] * 3)
+    np.testing.assert_array_equal(image, expected)
+
+
+def test_reads_jpeg_as_it_is_meant_to_be_seen(tmp_path):
+    upright = np.zeros((16, 32, 3), dtype=np.uint8)
+    upright[:, :16] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: to be turned by a quarter
+    Image.fromarray(np.rot90(upright)).save(tmp_path / "turned.jpg", exif=exif, quality=100)
+    np.testing.assert_allclose(read_image(tmp_path / "turned.jpg"), upright, atol=3)
+
+
+def test_reads_palette_images_as_colours_and_palette_masks_as_labels(tmp_path):
+    image = Image.fromarray(np.array([[0, 1], [2, 1]], dtype=np.uint8), mode=None).convert("P")
+    image.putdata([0, 1, 2, 1])
+    image.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0])
+    image.save(tmp_path / "palette.png")
+    np.testing.assert_array_equal(read_mask(tmp_path / "palette.png"), [[0, 1], [2, 1]])
+    np.testing.assert_array_equal(read_image(tmp_path / "palette.png")[0], [[0, 0, 0], [255, 0, 0]])
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_reads_masks(suffix, dtype, tmp_path):
+    labels = np.array([[0, 1, 1], [200, 0, 255]], dtype=dtype) * (dtype == np.uint16 or 1)
+    path = tmp_path / f"mask.{suffix}"
+    tifffile.imwrite(path, labels) if suffix == "tif" else Image.fromarray(labels).save(path)
+    np.testing.assert_array_equal(read_mask(path), labels)
+
+
+def png_of_16_bit_colours(height: int, width: int) -> bytes:
+    """Black, by hand, as Pillow writes none."""
+    parts = {
+        b"IHDR": struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0),
+        b"IDAT": zlib.compress(bytes((1 + 6 * width) * height)),
+        b"IEND": b"",
+    }
+    chunks = (
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in parts.items()
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def broken_folders(folder: Path) -> dict[str, str]:
+    """Makes every mistake at once; returns what must be said about each file."""
+    for stem in ("good", "size", "colour", "text", "deep", "float", "pages", "lonely", "twice"):
+        save_pair(folder, stem, blocks())
+    images, masks = folder / "images", folder / "masks"
+    Image.fromarray(blocks(40, 44).astype(np.uint16)).save(masks / "size.png")
+    Image.fromarray(COLOUR).save(masks / "colour.png")
+    (images / "text.png").write_text("no image")
+    (images / "deep.png").write_bytes(png_of_16_bit_colours(40, 48))
+    for stem, pixels in (("float", np.zeros((40, 48), np.float32)), ("pages", np.zeros((9, 40, 48), np.uint8))):
+        (images / f"{stem}.png").unlink()
+        tifffile.imwrite(images / f"{stem}.tif", pixels, photometric="minisblack")
+    return {
+        "size.png": "48 x 40 pixels and its mask 44 x 40",
+        "colour.png": "expected one integer per pixel",
+        "text.png": "cannot be read",
+        "deep.png": "it has 16 bits per colour",
+        "float.tif": "expected 8 or 16 bits",
+        "pages.tif": "it has 9 pages; expected one",
+    }
+
+
+def test_names_every_bad_file_at_once(tmp_path):
+    expected = broken_folders(tmp_path)
+    with pytest.raises(DataError) as raised:
+        train_validation_parts(paired_files(tmp_path / "images", tmp_path / "masks"), MASK_SIDE)
+    lines = str(raised.value).splitlines()
+    assert len(lines) == len(expected)
+    for name, problem in expected.items():
+        assert [problem in line for line in lines if name in line] == [True]
+
+
+def test_names_every_unpaired_file(tmp_path):
+    for stem in ("good", "no-mask", "no-image", "twice"):
+        save_pair(tmp_path, stem, blocks())
+    (tmp_path / "masks" / "no-mask.png").unlink()
+    (tmp_path / "images" / "no-image.png").unlink()
+    Image.fromarray(COLOUR).save(tmp_path / "images" / "twice.jpg")
+    Image.fromarray(COLOUR).save(tmp_path / "masks" / "lossy.jpg")
+    (tmp_path / "images" / ".hidden").touch()
+    with pytest.raises(DataError) as raised:
+        paired_files(tmp_path / "images", tmp_path / "masks")
+    lines = str(raised.value).splitlines()
+    assert len(lines) == 4
+    for name, problem in {
+        "images/no-mask.png": "no partner",
+        "masks/no-image.png": "no partner",
+        "masks/lossy.jpg": "is none of .png",
+        "images/twice": "same name",
+    }.items():
+        assert any(name in line and problem in line for line in lines), name
+    with pytest.raises(DataError, match="not a folder"):
+        paired_files(tmp_path / "nowhere", tmp_path / "masks")
+
+
+def test_long_lists_of_problems_are_cut():
+    assert str(DataError(map(str, range(50)))).splitlines()[-1] == "and 30 more"
+
+
+def coco_file(folder: Path, **changes) -> Path:
+    labels = blocks()
+    save_pair(folder, "a", labels)
+    block = np.asfortranarray(labels == 310, dtype=np.uint8)
+    run_lengths = {**rle.encode(block)}
+    run_lengths["counts"] = run_lengths["counts"].decode()
+    content = {
+        "images": [
+            {"id": 7, "file_name": "a.png", "height": 40, "width": 48},
+            {"id": 8, "file_name": "empty.png", "height": 40, "width": 48},
+        ],
+        "categories": [{"id": 1, "name": "block"}],
+        "annotations": [
+            {"id": 1, "image_id": 7, "category_id": 1, "area": 900, "segmentation": [[2, 2, 46, 2, 46, 38, 2, 38]]},
+            {"id": 2, "image_id": 7, "category_id": 1, "area": 80, "segmentation": run_lengths},
+            {"id": 3, "image_id": 7, "category_id": 1, "area": 9, "segmentation": [[0, 0, 1, 0, 1, 1]], "iscrowd": 1},
+        ],
+        **changes,
+    }
+    path = folder / "coco.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools with numpy 2
+def test_the_smaller_object_is_in_front_without_areas(tmp_path):
+    outlines = [[20, 10, 30, 10, 30, 20, 20, 20], [2, 2, 46, 2, 46, 38, 2, 38]]
+    annotations = [
+        {"id": number, "image_id": 7, "category_id": 1, "area": None, "segmentation": [outline]}
+        for number, outline in enumerate(outlines, start=1)
+    ]
+    (source,), _ = coco_images(tmp_path / "images", coco_file(tmp_path, annotations=annotations))
+    _, labels = source.read()
+    assert labels[15, 25] == 2
+    assert labels[5, 5] == 1
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools with numpy 2
+def test_reads_coco_polygons_and_run_lengths(tmp_path, capsys):
+    sources, notes = coco_images(tmp_path / "images", coco_file(tmp_path))
+    (source,) = sources
+    _, labels = source.read()
+    np.testing.assert_array_equal(labels == 2, blocks() == 310)
+    assert (labels[2:38, 2:46] > 0).all()
+    assert [note[:10] for note in notes] == ["1 images a", "1 annotati"]
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"images": [{"id": 7, "file_name": "b.png", "height": 40, "width": 48}]}, "b.png: is named in"),
+        ({"images": [{"id": 7, "file_name": "a.png", "height": 41, "width": 48}]}, "48 x 40 pixels"),
+        (
+            {"annotations": [{"id": 1, "image_id": 9, "category_id": 1, "segmentation": []}]},
+            "image 9, which it does not list",
+        ),
+        (
+            {"annotations": [{"id": 5, "image_id": 7, "category_id": 1, "segmentation": {"counts": "x"}}]},
+            "annotation 5 is broken",
+        ),
+        ({"annotations": []}, "annotates no object"),
+        ({"images": [{"id": 7}]}, "not a COCO annotation file"),
+    ],
+)
+def test_refuses_bad_coco(changes, problem, tmp_path):
+    file = coco_file(tmp_path, **changes)
+    with pytest.raises(DataError, match=problem):
+        train_validation_parts(coco_images(tmp_path / "images", file)[0], MASK_SIDE)
+    file.write_text("{")
+    with pytest.raises(DataError, match="not a COCO annotation file"):
+        coco_images(tmp_path / "images", file)
+
+
+def test_coins():
+    _, labels = Coins().read()
+    assert len(np.unique(labels)) == 25

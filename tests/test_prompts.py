@@ -1,0 +1,74 @@
+"""What the model is asked about in training and validation."""
+
+import numpy as np
+import pytest
+import torch
+from labelled_images import MASK_SIDE, Array, blocks
+
+from finetuning.prompts import OUTSIDE, PADDING, Collator, ItemEncoder, Prompts, TrainingSet, ValidationSet
+from finetuning.samples import Sample, train_validation_parts
+
+
+def training_set(processor, size: int = 12, **changes) -> TrainingSet:
+    samples = train_validation_parts([Array(blocks(), str(n)) for n in range(4)], MASK_SIDE, 0.25, min_area=1).train
+    kind = changes.pop("prompts", Prompts("mixed", points=2, negative_points=2))
+    return TrainingSet(samples, ItemEncoder(processor, MASK_SIDE, kind), size, **{"step_size": 3, **changes})
+
+
+def test_items_depend_on_seed_and_number_alone(processor):
+    items = list(map(training_set(processor).__getitem__, range(12)))
+    torch.manual_seed(5), np.random.seed(5)
+    again = training_set(processor, size=100)
+    for number in reversed(range(12)):
+        torch.testing.assert_close(again[number], items[number], rtol=0, atol=0)
+    other = training_set(processor, seed=1)
+    assert not all(torch.equal(other[n]["pixel_values"], items[n]["pixel_values"]) for n in range(12))
+
+
+def test_each_sample_is_drawn_before_any_is_drawn_again(processor):
+    drawn = training_set(processor)
+    for turn in range(4):
+        assert len({drawn.draw(3 * turn + place).source.name for place in range(3)}) == 3
+
+
+def test_a_step_has_prompts_of_one_kind(processor):
+    items = training_set(processor)
+    kinds = ["box" if "input_boxes" in items[number] else "point" for number in range(12)]
+    assert kinds == ["point"] * 3 + ["box"] * 3 + ["point"] * 3 + ["box"] * 3
+    batch = Collator(multimask=True)([items[number] for number in range(3)])
+    assert batch["input_points"].shape == (3, 6, 4, 2)
+    assert batch["labels"].shape == (3, 6, MASK_SIDE, MASK_SIDE)
+    assert batch["multimask_output"] is True
+
+
+@pytest.mark.parametrize("augment", ["none", "crop", "turn"])
+def test_prompts_belong_to_the_targets(augment, processor):
+    """Positive points lie in the target mask, negative ones beside it, boxes around it."""
+    items = training_set(processor, augment=augment, prompts=Prompts("mixed", points=2, negative_points=2, jitter=0))
+    for number in range(12):
+        item = items[number]
+        for index, target in enumerate(item["labels"]):
+            rows, columns = np.nonzero(target.numpy() == 1)
+            if "input_boxes" in item:
+                box = item["input_boxes"][index].numpy() / 2  # of 64 pixels to masks of 32
+                np.testing.assert_allclose(box, [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1], atol=2)
+                continue
+            for (x, y), label in zip(item["input_points"][index], item["input_labels"][index], strict=True):
+                near = target[max(0, int(y / 2) - 1) : int(y / 2) + 2, max(0, int(x / 2) - 1) : int(x / 2) + 2]
+                assert label == 0 or (near == 1).any()
+                assert label == 1 or (near <= 0).any()
+    assert (items[0]["labels"] == OUTSIDE).any() == True  # noqa: E712, it is not square
+
+
+def test_an_object_that_fills_the_image_has_no_points_beside_it(processor):
+    everything = Sample(Array(np.ones((40, 40), dtype=np.int64)), np.s_[:, :], np.array([1]))
+    encode = ItemEncoder(processor, MASK_SIDE, Prompts("point", points=1, negative_points=1))
+    assert ValidationSet([everything], encode)[0]["input_labels"].tolist() == [[1, PADDING]]
+
+
+def test_validation_asks_for_every_object_once(processor):
+    samples = train_validation_parts([Array(blocks(), str(n)) for n in range(4)], MASK_SIDE, 0.5).validation
+    items = ValidationSet(samples, ItemEncoder(processor, MASK_SIDE, Prompts("mixed")), objects=4)
+    shapes = [len(items[index]["labels"]) for index in range(len(items))]
+    assert shapes == [4, 2, 4, 2] * 2
+    np.testing.assert_allclose(items[0]["input_points"][0, 0] * 48 / 64, [7, 7], atol=1.5)  # the middle of the block

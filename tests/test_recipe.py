@@ -1,0 +1,307 @@
+"""The fine-tuning recipe as it is run: that it learns, can be interrupted and divided, and what it leaves behind."""
+
+import copy
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from conftest import assert_same_outputs
+from huggingface_hub import HfApi
+from labelled_images import blocks, save_pair
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModel, SamModel
+
+import finetune
+from checkpoint_tools.staging import ROOT, SAM_TINY
+from finetuning.losses import MaskMetrics, object_scores
+from finetuning.model import load_base, trained
+from finetuning.prompts import Collator, ItemEncoder, Prompts, ValidationSet
+from finetuning.recipe import read_data
+
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning"),  # the name that 5.0 knows
+    pytest.mark.filterwarnings("ignore:mtime may not be reliable:UserWarning"),  # checkpoints within a second
+]
+
+MASK_SIDE = 64  # of sam-tiny, as random weights would turn rounding errors into other masks
+SMALL_RUN = ["--steps", "4", "--eval-every", "2", "--batch-size", "2", "--objects", "3", "--learning-rate", "0.01"]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Six images with masks; the arguments that name them."""
+    folder = tmp_path_factory.mktemp("photos")
+    for number in range(6):
+        labels = np.roll(blocks(), number, axis=1)
+        if number % 2:  # processes validate on different numbers of objects
+            labels[labels == 300] = 0
+        save_pair(folder, f"photo{number}", labels)
+    return ["--images", str(folder / "images"), "--masks", str(folder / "masks"), "--validation", "0.5"]
+
+
+def run(output: Path, *arguments: str) -> dict:
+    """Runs the recipe in this process and returns the metrics that it writes."""
+    finetune.main([*arguments, "--output", str(output)])
+    return json.loads((output / "metrics.json").read_text())
+
+
+def losses(metrics: dict) -> list[float]:
+    return [entry["loss"] for entry in metrics["history"] if "loss" in entry]
+
+
+@pytest.fixture(scope="module")
+def whole_run(photos, tmp_path_factory) -> tuple[Path, dict, list[str]]:
+    """A run with all that can be exported; its folder, metrics and arguments."""
+    output = tmp_path_factory.mktemp("run") / "whole"
+    arguments = [*photos, *SMALL_RUN]
+    return output, run(output, *arguments, "--export", "merged", "stock"), arguments
+
+
+def mean_iou(model: torch.nn.Module, items: ValidationSet) -> float:
+    metrics = MaskMetrics()
+    with torch.no_grad():
+        for index in range(len(items)):
+            batch = Collator(False)([items[index]])
+            outputs = model(**{name: batch[name] for name in batch if name != "labels"})
+            scores = object_scores((outputs.iou_scores, outputs.pred_masks), batch["labels"])
+            result = metrics(SimpleNamespace(predictions=scores), compute_result=index == len(items) - 1)
+    return result["iou"]
+
+
+def test_leaves_everything_behind(whole_run):
+    output, metrics, _ = whole_run
+    assert {path.name for path in output.iterdir()} == {
+        *("adapter", "merged", "sam", "checkpoints"),
+        *("settings.json", "metrics.json", "curves.png", "masks.png"),
+    }
+    assert {path.name for path in (output / "adapter").iterdir()} == {
+        *("adapter_config.json", "adapter_model.safetensors", "README.md"),
+    }
+    assert all((output / name).stat().st_size > 5000 for name in ("curves.png", "masks.png"))
+    assert metrics["steps"] == 4
+    assert sum(metrics["objects"].values()) == 6 * 6 - 3 and metrics["objects"]["validation"] % 3
+
+
+def test_adapter_says_where_it_comes_from(whole_run):
+    output, metrics, _ = whole_run
+    config = json.loads((output / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(SAM_TINY)
+    assert config["task_type"] == "FEATURE_EXTRACTION"
+    assert sorted(config["target_modules"]) == ["q", "v"]
+    card = (output / "adapter" / "README.md").read_text()
+    assert f"| iou | {metrics['before']['iou']:.3f} | {metrics['after']['iou']:.3f} |" in card
+    assert str(ROOT) not in card
+
+
+def test_adapter_reloads_to_the_same_metrics(whole_run):
+    output, metrics, arguments = whole_run
+    model, processor = load_base(str(SAM_TINY))
+    parts, _ = read_data(finetune.parse_args(arguments), MASK_SIDE)
+    items = ValidationSet(parts.validation, ItemEncoder(processor, MASK_SIDE, Prompts()))
+    assert metrics["before"]["iou"] == pytest.approx(mean_iou(model, items), abs=1e-6)
+    assert abs(metrics["before"]["iou"] - metrics["after"]["iou"]) > 1e-3
+    for reloaded in (
+        PeftModel.from_pretrained(model, output / "adapter"),
+        AutoModel.from_pretrained(output / "merged", trust_remote_code=True),
+        SamModel.from_pretrained(output / "sam"),
+    ):
+        assert mean_iou(reloaded.eval(), items) == pytest.approx(metrics["after"]["iou"], abs=1e-6)
+
+
+def test_exported_stock_sam_gives_the_same_masks(whole_run):
+    output = whole_run[0]
+    inputs = {"pixel_values": torch.randn(2, 3, 128, 128), "input_points": 128 * torch.rand(2, 2, 1, 2)}
+    with torch.no_grad():
+        adapted = PeftModel.from_pretrained(load_base(str(SAM_TINY))[0], output / "adapter").eval()(**inputs)
+        assert_same_outputs(SamModel.from_pretrained(output / "sam")(**inputs), adapted)
+        assert_same_outputs(AutoModel.from_pretrained(output / "merged", trust_remote_code=True)(**inputs), adapted)
+
+
+def test_resumed_equals_uninterrupted(whole_run, tmp_path):
+    output, expected, arguments = whole_run
+    shutil.copytree(output, tmp_path / "again")
+    (tmp_path / "again" / "checkpoints" / "checkpoint-4" / "trainer_state.json").unlink()  # as if interrupted
+    metrics = run(tmp_path / "again", *arguments, "--resume")
+    assert metrics["after"] == expected["after"]
+    assert losses(metrics) == losses(expected)
+    actual, weights = (
+        load_file(path / "adapter" / "adapter_model.safetensors") for path in (tmp_path / "again", output)
+    )
+    assert all(torch.equal(actual[name], weights[name]) for name in weights)
+
+
+def test_resume_refuses_a_lost_best_checkpoint(whole_run, tmp_path):
+    output, _, arguments = whole_run
+    shutil.copytree(output, tmp_path / "moved")
+    for file in tmp_path.glob("moved/checkpoints/*/trainer_state.json"):
+        file.write_text(
+            json.dumps({**json.loads(file.read_text()), "best_model_checkpoint": "elsewhere/checkpoint-2"})
+        )
+    with pytest.raises(SystemExit, match="the best checkpoint so far was elsewhere/checkpoint-2, which is not there"):
+        run(tmp_path / "moved", *arguments, "--resume")
+
+
+def test_resume_refuses_other_settings(whole_run, tmp_path):
+    output, _, arguments = whole_run
+    with pytest.raises(SystemExit, match="rank 16 then and 8 now"):
+        run(output, *arguments, "--resume", "--rank", "8")
+    with pytest.raises(SystemExit, match="is not empty"):
+        run(output, *arguments)
+    images = Path(arguments[arguments.index("--images") + 1])
+    save_pair(images.parent, "new", blocks())
+    try:
+        with pytest.raises(SystemExit, match=r"other settings: data [0-9a-f]{12} then"):
+            run(output, *arguments, "--resume")
+    finally:
+        (images / "new.png").unlink()
+        (images.parent / "masks" / "new.png").unlink()
+    (tmp_path / "precious.txt").touch()
+    with pytest.raises(SystemExit, match="not the output of an earlier run"):
+        run(tmp_path, *arguments, "--force")
+    assert (tmp_path / "precious.txt").exists()
+
+
+def test_best_checkpoint_is_restored(photos, tmp_path):
+    """With steps so large that the first are the best."""
+    arguments = [*photos, *SMALL_RUN, "--learning-rate", "0.3", "--eval-every", "1"]
+    metrics = run(tmp_path / "wild", *arguments, "--patience", "2", "--steps", "30")
+    validations = {entry["step"]: entry["eval_iou"] for entry in metrics["history"][1:] if "eval_iou" in entry}
+    best = max(validations, key=lambda step: validations[step])
+    assert metrics["best_step"] == best
+    assert metrics["steps"] == best + 2 < 30, "stopped early"
+    assert metrics["after"]["iou"] == pytest.approx(validations[best], abs=1e-9)
+    checkpoint = tmp_path / "wild" / "checkpoints" / f"checkpoint-{best}" / "adapter_model.safetensors"
+    actual, weights = (load_file(path) for path in (tmp_path / "wild/adapter/adapter_model.safetensors", checkpoint))
+    assert all(torch.equal(actual[name], weights[name]) for name in weights)
+
+
+def test_two_processes_and_accumulation_equal_one_with_twice_the_batch(photos, tmp_path):
+    """Launched from another folder, on a part of the images without divisors in common."""
+    arguments = [*photos, *SMALL_RUN, "--dropout", "0", "--prompt", "mixed"]
+    arguments += ["--eval-every", "1", "--steps", "3"]
+    one = run(tmp_path / "one", *arguments, "--batch-size", "2")
+    accumulated = run(tmp_path / "accumulated", *arguments, "--batch-size", "1", "--accumulate", "2")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--multi_gpu"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command += [str(ROOT / "finetune.py"), *arguments, "--batch-size", "1", "--output", "two"]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("trainable params") == 1, "only one process reports"
+    two = json.loads((tmp_path / "two" / "metrics.json").read_text())
+    assert two["before"]["objects"] == one["before"]["objects"] == 2 * one["objects"]["validation"]
+    for metrics in (accumulated, two):
+        assert losses(metrics) == pytest.approx(losses(one), abs=1e-5)
+        assert metrics["before"]["iou"] == pytest.approx(one["before"]["iou"], abs=1e-6)
+        assert metrics["after"]["iou"] == pytest.approx(one["after"]["iou"], abs=1e-3)
+
+
+def test_a_launch_that_starts_one_process_of_two_is_refused(photos, tmp_path, monkeypatch):
+    """As `accelerate launch --num_processes 2 --cpu` does."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with pytest.raises(SystemExit, match="accelerate launch --multi_gpu"):
+        run(tmp_path / "run", *photos, *SMALL_RUN)
+
+
+@pytest.mark.parametrize("name", ["fsdp", "two_machines"])
+def test_worked_configurations_are_accelerates_own(name, load):
+    config = load_config_from_file(str(ROOT / "examples" / "accelerate" / f"{name}.yaml"))
+    assert config.num_processes >= 2
+    if name == "fsdp":
+        assert config.fsdp_config["fsdp_transformer_layer_cls_to_wrap"] in load()._no_split_modules
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--method", "full", "--train-decoder", "full", "--prompt", "box"],
+        ["--train-decoder", "full", "--gradient-checkpointing", "--multimask", "--loss", "focal", "--export", "stock"],
+        ["--load-in-4bit", "--bf16", "--dora", "--last-layers", "2", "--tile", "32", "--minutes", "0"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_other_ways_to_train(arguments, photos, tmp_path, capsys):
+    metrics = run(tmp_path / "run", *photos, *SMALL_RUN, *arguments)
+    assert metrics["steps"] == (1 if "--minutes" in arguments else 4)
+    assert all(math.isfinite(loss) for loss in losses(metrics))
+    folder = tmp_path / "run" / ("model" if "--method" in arguments else "adapter")
+    base, _ = load_base(str(SAM_TINY))
+    before = copy.deepcopy(base.state_dict())
+    model = trained(base, folder)
+    assert any(not torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    if "stock" in arguments:
+        assert "the same masks" in capsys.readouterr().out
+
+
+def test_uploads_the_adapter_and_nothing_else(photos, tmp_path, monkeypatch):
+    uploads = []
+    monkeypatch.setattr(HfApi, "whoami", lambda self: {"name": "someone"})
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, exist_ok: uploads.append(repo_id))
+    monkeypatch.setattr(
+        HfApi, "upload_folder", lambda self, repo_id, folder_path: uploads.append(sorted(Path(folder_path).iterdir()))
+    )
+    run(tmp_path / "run", *photos, *SMALL_RUN, "--steps", "1", "--push-to-hub", "some/one")
+    assert uploads[0] == "some/one"
+    assert [path.name for path in uploads[1]] == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+
+
+def test_upload_without_login_is_refused_before_training(photos, tmp_path):
+    with pytest.raises(SystemExit, match="hf auth login"):
+        run(tmp_path / "run", *photos, "--push-to-hub", "some/one")
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_files_are_named_before_anything_is_written(tmp_path):
+    image, _ = save_pair(tmp_path, "photo", blocks())
+    image.write_text("no image")
+    folders = ["--images", str(tmp_path / "images"), "--masks", str(tmp_path / "masks")]
+    with pytest.raises(SystemExit, match=r"photo\.png: cannot be read"):
+        run(tmp_path / "run", *folders)
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_base_is_refused(tmp_path):
+    with pytest.raises(SystemExit, match="nothing: not a SAM v1 checkpoint"):
+        run(tmp_path / "run", "--base", str(tmp_path / "nothing"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--images", "a"], "--images together with --masks or --coco"),
+        (["--images", "a", "--masks", "b", "--coco", "c"], "expected one of them"),
+        (["--validation", "1"], "between 0 and 1"),
+        (["--steps", "0"], "--steps 0: expected 1 or more"),
+        (["--method", "full", "--load-in-4bit"], "nor 4 bits"),
+        (["--method", "decoder", "--train-decoder", "lora"], "adds no adapters"),
+    ],
+)
+def test_contradictory_arguments_are_refused(arguments, problem, capsys):
+    with pytest.raises(SystemExit) as raised:
+        finetune.main(arguments)
+    assert raised.value.code == 2
+    assert problem in capsys.readouterr().err
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as raised:
+        finetune.main(["--help"])
+    assert raised.value.code == 0
+    text = capsys.readouterr().out
+    assert "accelerate launch" in text and "--last-layers N" in text
+
+
+def test_coins_are_learnt(tmp_path):
+    """The bare command, cut short."""
+    metrics = run(tmp_path / "coins", "--steps", "12", "--eval-every", "6", "--seed", "0")
+    assert metrics["after"]["iou"] > metrics["before"]["iou"] + 0.1
