@@ -8,8 +8,8 @@ import pytest
 from conftest import run_python
 from huggingface_hub import ModelCard
 
-import verify
 from checkpoint_tools.cards import card_facts, model_card
+from checkpoint_tools.verification import check_card
 
 
 FIGURES = {"num_parameters": 1234, "num_vision_parameters": 1000, "max_difference": 1.2e-7}
@@ -49,7 +49,7 @@ def test_base_on_the_hub(folder: Path) -> None:
 
 def test_the_hub_reads_it(folder: Path) -> None:
     card_of("someone/sam", folder).save(folder / "README.md")
-    verify.check_card(folder)
+    check_card(folder)
 
 
 def test_fine_tuned_folder_keeps_its_base(folder: Path) -> None:
