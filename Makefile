@@ -1,40 +1,47 @@
 PYTHON ?= python3
 BASE ?= checkpoints/sam-tiny
+PYTEST ?=
 
-NEWEST := .venv/newest/bin
-FLOOR := .venv/floor/bin
+BIN := .venv/newest/bin
 
-.PHONY: demo test quality test-newest test-floor bench clean
+.PHONY: demo test test-all quality style bench clean
 
 # Fine-tunes BASE (a folder or a Hub id) on half of the coins of a photograph and shows the other half.
 demo: .venv/newest/installed
-	$(NEWEST)/python demo.py --base "$(BASE)"
+	$(BIN)/python demo.py --base "$(BASE)"
 
-# Quality gates, then the tests with the newest and the oldest supported versions, side by side.
-test: quality .venv/floor/installed
-	$(MAKE) --jobs=2 test-newest test-floor
+# Quality gates, then all tests with the newest versions that have a build for CPUs.
+test: quality test-newest
+
+# The same, and the tests with the oldest supported versions and, less the slow ones, with the latest of all.
+test-all: quality
+	$(MAKE) --jobs=2 --output-sync=target test-newest test-floor
+	$(MAKE) test-latest PYTEST="-m 'not slow'"
+
+test-%: .venv/%/installed
+	.venv/$*/bin/pytest $(PYTEST)
 
 quality: .venv/newest/installed
-	$(NEWEST)/ruff check
-	$(NEWEST)/ruff format --check
-	$(NEWEST)/mypy
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
 
-test-newest: .venv/newest/installed
-	$(NEWEST)/pytest
-
-test-floor: .venv/floor/installed
-	$(FLOOR)/pytest
+# Mends what ruff can mend by itself.
+style: .venv/newest/installed
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
 
 # Time and memory against stock SAM; BENCH="--help" says what can be varied.
 BENCH ?=
 bench: .venv/newest/installed
-	$(NEWEST)/python -m benchmarks.bench $(BENCH)
+	$(BIN)/python -m benchmarks.bench $(BENCH)
 
 clean:
 	rm -rf .venv build
 
+.PRECIOUS: .venv/%/installed
 .venv/%/installed: pyproject.toml requirements/no-deps.txt requirements/%.txt
 	$(PYTHON) -m venv --clear $(@D)
-	$(@D)/bin/pip install --quiet --disable-pip-version-check '.[dev]' --constraint requirements/$*.txt
+	$(@D)/bin/pip install --quiet --disable-pip-version-check '.[dev]' --requirement requirements/$*.txt
 	$(@D)/bin/pip install --quiet --disable-pip-version-check --no-deps --requirement requirements/no-deps.txt
 	touch $@

@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
 )
 from transformers import SamProcessor
 
-from .cards import model_card
+from .cards import card_facts, model_card
 from .staging import ROOT, fetch, one_line, split_class, staged
 from .verification import check_card
 
@@ -101,7 +101,9 @@ def upload(
             print("Verifying it in a process of its own ...", flush=True)
             figures = run_verify(str(folder), base_folder)
             repo_id = destination.repo_id if destination else f"<user>/{output.resolve().name}"
-            (folder / "README.md").write_text(model_card(repo_id, base, base_folder, figures), encoding="utf-8")
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            facts = card_facts(repo_id, base, base_folder, figures, code_version=config["sam_split_version"])
+            (folder / "README.md").write_text(model_card(facts), encoding="utf-8")
             check_staged(folder)
         print(
             f"Its {figures['num_parameters']:,} parameters are the base's, and its outputs differ from stock "

@@ -1,9 +1,12 @@
-"""PEFT's methods on q and v do what the README's tables say."""
+"""PEFT's methods on q and v do what the tables in docs/peft-methods.md say."""
 
 import pytest
-from conftest import README
 
 from benchmarks import peft_family
+from checkpoint_tools.staging import ROOT
+
+
+PAGE = (ROOT / "docs" / "peft-methods.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +28,7 @@ def base(tmp_path_factory) -> str:
 def test_method(name, base):
     result = peft_family.measure(peft_family.METHODS[name], base)
     row = peft_family.methods_table({name: result}).splitlines()[-1]
-    assert row in README.splitlines()
+    assert row in PAGE.splitlines()
     if not result.error:
         assert result.trained
         assert result.reload <= peft_family.EQUAL
@@ -33,8 +36,8 @@ def test_method(name, base):
 
 
 def test_recipes():
-    """With the counts that the README gives."""
-    assert peft_family.recipes_table() in README
+    """With the counts that the page gives."""
+    assert peft_family.recipes_table() in PAGE
 
 
 def test_a_method_that_peft_lacks_is_told(base):

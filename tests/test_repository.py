@@ -1,72 +1,254 @@
-"""The repo itself: its README, its ViT-B configuration and what its code files import."""
+"""The repo itself: its documentation, its ViT-B configuration and what its code files import."""
 
 import ast
 import json
 import re
-import subprocess
+import shlex
 import sys
+import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import README, run_python
+from conftest import run_python
 from huggingface_hub import ModelCard
-from PIL import Image
+from peft import LoraConfig, get_peft_model
 from transformers import SamConfig, SamImageProcessor, SamProcessor
 
-from checkpoint_tools.staging import ROOT, split_class
+from checkpoint_tools.staging import ROOT, SAM_TINY, split_class
 
 
-def test_readme_snippets_run(split_dir, stock_dir, tmp_path):
-    """In order and in one process, on small stand-ins for the checkpoints they name."""
-    Image.effect_noise((200, 180), 80).save(tmp_path / "photo.png")
-    code = "\n".join(re.findall(r"```python\n(.*?)```", README, re.DOTALL))
-    assert code.count("<user>/sam-vit-base-split") == code.count('"facebook/sam-vit-base"') == 1
-    code = code.replace("<user>/sam-vit-base-split", str(split_dir)).replace("facebook/sam-vit-base", str(stock_dir))
-    check = """
-        import os
-        os.chdir({directory!r})
-        exec({code!r})
-        from transformers import SamModel
-        back = SamModel.from_pretrained("sam-tuned")
-        assert masks[0].shape == (1, 3, 180, 200)
-        torch.testing.assert_close(back(**inputs).pred_masks, merged(**inputs).pred_masks)
-        AutoModel.from_pretrained("sam-vit-base-split", trust_remote_code=True)
-        AutoProcessor.from_pretrained("sam-vit-base-split")
-    """
-    assert "trainable params: " in run_python(check.format(directory=str(tmp_path), code=code))
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+    for path in (*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md")), ROOT / "checkpoints/sam-tiny/README.md")
+}
+README = PAGES["README.md"]
+WITHOUT_BLOCKS = {page: re.sub(r"^ *```.*?^ *```", "", text, flags=re.M | re.S) for page, text in PAGES.items()}
+# What commands write, and what is elsewhere: the documentation names it, but no checkout has it.
+NOT_IN_A_CHECKOUT = {"metrics.json", "settings.json", "adapter/", "model/", "merged/", "sam/", "adapter_config.json"}
+OPTIONS_OF_ACCELERATE = {"--multi_gpu", "--num_processes", "--cpu"}
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # by PEFT
+WARNINGS_ARE_ERRORS = (
+    *("-W", "error"),
+    *("-W", "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # by PEFT
+    *("-W", "ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning"),  # older releases have no other name
+)
+
+# The first page runs where only what it says is installed ...
+WITHOUT_OTHER_PACKAGES = """
+import sys
+
+for name in ("bitsandbytes", "matplotlib", "onnx", "pycocotools", "scipy", "skimage", "tifffile", "torchvision"):
+    sys.modules[name] = None
+"""
+# ... and ends with a stock checkpoint, with the masks of the merged model.
+IS_BACK_IN_STOCK = """
+from transformers import SamModel
+
+assert masks[0].shape == (1, 1, 303, 384)
+merged, back = model.merge_and_unload().eval(), SamModel.from_pretrained("build/sam-tuned")
+torch.testing.assert_close(back(**inputs).pred_masks, merged(**inputs).pred_masks)
+"""
 
 
-def test_demo_runs(tmp_path):
+def blocks(page: str, language: str) -> str:
+    """The code blocks of a page, one below the other."""
+    found = re.findall(rf"^( *)```{language}\n(.*?)^ *```", PAGES[page], re.MULTILINE | re.DOTALL)
+    return "\n".join(re.sub(rf"^{indentation}", "", code, flags=re.MULTILINE) for indentation, code in found)
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A folder with what a checkout has, and with the adapter that `finetune.py` writes by default."""
+    for path in (*ROOT.glob("*_sam_split.py"), ROOT / "config.json", ROOT / "checkpoints", ROOT / "docs"):
+        (tmp_path / path.name).symlink_to(path)
+    config = LoraConfig(target_modules=["q", "v"], task_type="FEATURE_EXTRACTION")
+    adapted = get_peft_model(split_class().from_pretrained(SAM_TINY), config)
+    adapted.save_pretrained(tmp_path / "build" / "finetune" / "adapter")
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if "```python" in PAGES[page]])
+def test_python_blocks_run(page: str, checkout: Path, split_dir: Path) -> None:
+    """In order and in one process, without warnings, and print what the page says."""
+    code = blocks(page, "python").replace("<user>/sam-vit-base-split", str(split_dir))
+    code = code.replace(', revision="<commit>"', "")
+    if page == "README.md":
+        code = WITHOUT_OTHER_PACKAGES + code + IS_BACK_IN_STOCK
+    output = run_python(f"import os\nos.chdir({str(checkout)!r})\nexec({code!r})", options=WARNINGS_ARE_ERRORS)
+    said = re.findall(r"It prints `([^`]+)`", PAGES[page]) + re.findall(r"# (trainable params: .*)", PAGES[page])
+    for text in said:
+        assert text in output
+
+
+def commands() -> Iterator[tuple[str, list[str]]]:
+    """Each command in the documentation, by page, in words."""
+    for page in PAGES:
+        lines = blocks(page, "bash").replace("\\\n", " ").splitlines()
+        inline = re.findall(r"`((?:python|make|accelerate|pytest) [^`]+)`", WITHOUT_BLOCKS[page])
+        for line in [*lines, *inline]:
+            if words := shlex.split(line, comments=True):
+                yield page, words
+
+
+def python_command(words: list[str]) -> list[str]:
+    """The script or module that a command runs, with the name of its sub-command, and its arguments."""
+    start = next(i for i, word in enumerate(words) if word == "-m" or word.endswith(".py"))
+    script, *arguments = words[start + (words[start] == "-m") :]
+    return [f"{script} {arguments[0]}", *arguments[1:]] if script == "convert.py" else [script, *arguments]
+
+
+@pytest.fixture(scope="module")
+def helps() -> dict[str, str]:
+    """What `--help` prints, by command; in one process, as it is imports that take the time."""
+    names = sorted({python_command(words)[0] for _, words in commands() if words[0] in ("python", "accelerate")})
+    output = run_python(
+        f"""
+        import contextlib, io, json, os, runpy, sys
+        os.chdir({str(ROOT)!r})
+        sys.path.insert(0, "")
+        texts = {{}}
+        for name in {names}:
+            script, *subcommand = name.split()
+            sys.argv = [script, *subcommand, "--help"]
+            run = runpy.run_path if script.endswith(".py") else runpy.run_module
+            with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
+                run(script, run_name="__main__")
+            texts[name] = text.getvalue()
+        print(json.dumps(texts))
+        """
+    )
+    return json.loads(next(line for line in output.splitlines() if line.startswith("{")))
+
+
+def test_commands_exist(helps: dict[str, str]) -> None:
+    """With all of their options."""
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for page, words in commands():
+        where = f"{page}: {' '.join(words)}"
+        program = Path(words[0]).name
+        if program in ("python", "accelerate"):
+            name, *arguments = python_command(words)
+            assert helps[name].startswith("usage: "), where
+            for option in filter(lambda word: word.startswith("--"), arguments):
+                assert re.search(rf"{option}\b", helps[name]), f"{where}: there is no {option}"
+            for config in re.findall(r"--config_file (\S+)", where):
+                assert (ROOT / config).is_file(), where
+        elif program == "make":
+            assert {word for word in words[1:] if "=" not in word} <= {*targets}, where
+        elif program == "pip":
+            for extra in re.findall(r"\.\[(\w+)\]", where):
+                assert extra in extras, where
+            for file in re.findall(r"\S+\.txt", where):
+                assert (ROOT / file).is_file(), where
+        elif program == "pytest":
+            assert all((ROOT / word).exists() for word in words[1:] if word.startswith("tests/")), where
+        else:
+            assert words[:3] == ["python3", "-m", "venv"], where
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_options_exist(page: str, helps: dict[str, str]) -> None:
+    """Those that are named outside of commands, of whatever command."""
+    known = {*OPTIONS_OF_ACCELERATE, *re.findall(r"--[\w-]+", " ".join(helps.values()))}
+    for code in re.findall(r"`(--[^`]+)`", WITHOUT_BLOCKS[page]):
+        assert {word for word in code.split() if word.startswith("--")} <= known, code
+
+
+def slug(heading: str) -> str:
+    """The anchor that GitHub and the Hub give to a heading."""
+    return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_resolve(page: str) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", WITHOUT_BLOCKS[page]):
+        if target.startswith("https://"):
+            continue
+        name, _, anchor = target.partition("#")
+        path = (ROOT / page).parent / name if name else ROOT / page
+        assert path.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)", path.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in map(slug, headings), target
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "CHANGELOG.md"])
+def test_files_exist(page: str) -> None:
+    for name in re.findall(r"`([\w./*-]+(?:\.(?:py|md|json|toml|txt|yaml|jpg)|\w/))`", WITHOUT_BLOCKS[page]):
+        places = (ROOT, (ROOT / page).parent)
+        assert name in NOT_IN_A_CHECKOUT or any(any(place.glob(name)) for place in places), name
+
+
+def test_every_page_is_linked_from_the_first() -> None:
+    for page in PAGES:
+        if page.startswith("docs/") and page != "docs/README.md":
+            assert f"]({page})" in README
+            assert f"]({page.removeprefix('docs/')})" in PAGES["docs/README.md"]
+
+
+@pytest.mark.parametrize("picture", sorted((ROOT / "docs" / "images").iterdir()), ids=lambda path: path.name)
+def test_pictures_are_small(picture: Path) -> None:
+    assert picture.stat().st_size < 150_000
+
+
+def test_the_tested_versions_are_named() -> None:
+    header, *rows = re.findall(r"^\| (.*) \|$", PAGES["docs/versions.md"].partition("##")[0], re.MULTILINE)
+    files = re.findall(r"`(requirements/\w[\w-]*\.txt)`", header)
+    assert len(files) == len([*(ROOT / "requirements").glob("*.txt")]) - 1, "all but no-deps.txt"
+    pins = {file: (ROOT / file).read_text() for file in files}
+    packages = set()
+    for row in rows:
+        package, *versions = (cell.strip() for cell in row.split("|"))
+        packages.add(package)
+        for file, version in zip(files, versions, strict=True):
+            assert not version or re.search(rf"^{package}=={re.escape(version)}(\+\w+)?$", pins[file], re.M), row
+    assert {"transformers", "torch", "peft", "huggingface_hub"} <= packages
+
+
+def test_costs_are_those_last_measured() -> None:
+    """The tables of `make bench`."""
+    rows = re.findall(r"^\|.*\|$", (ROOT / "benchmarks" / "results.md").read_text(), re.MULTILINE)
+    assert len(rows) > 5
+    assert {*rows} <= {*PAGES["docs/cost.md"].splitlines()}
+
+
+def test_the_changelog_begins_with_the_version_of_the_code() -> None:
+    code = (ROOT / "configuration_sam_split.py").read_text(encoding="utf-8")
+    version = re.search(r'^SAM_SPLIT_VERSION = "([^"]+)"', code, re.MULTILINE)
+    latest = re.search(r"^## ([\d.]+)", PAGES["CHANGELOG.md"], re.MULTILINE)
+    assert version and latest
+    assert version[1] == latest[1]
+
+
+def test_demo_runs(tmp_path: Path) -> None:
     """With two steps of training; that it learns is for a longer run to show."""
     output = run_python(
         f"""
         import runpy, sys
+        sys.path.insert(0, {str(ROOT)!r})
         sys.argv = ["demo.py", "--steps", "2", "--output", {str(tmp_path)!r}]
         runpy.run_path({str(ROOT / "demo.py")!r}, run_name="__main__")
         """
     )
     assert "trainable params: 36,864" in output
     assert "the same masks" in output
+    (before,) = re.findall(r"mean IoU rises from ([\d.]+)", " ".join(README.split()))
+    assert f"{before} before" in output
     assert (tmp_path / "finetune" / "masks.png").stat().st_size > 10_000
 
 
-def test_model_card_metadata():
+def test_model_card_metadata() -> None:
     data = ModelCard(README).data
     assert (data.license, data.library_name, data.pipeline_tag) == ("apache-2.0", "transformers", "mask-generation")
     assert data.base_model == "facebook/sam-vit-base"
     assert {"peft", "lora", "custom_code"} <= set(data.tags)
 
 
-def test_readme_names_the_tested_versions():
-    rows = re.findall(r"^\| (\w+) \| ([\d.]+) \| ([\d.]+) \|$", README, re.MULTILINE)
-    assert len(rows) == 4
-    for package, oldest, newest in rows:
-        for version, file in ((oldest, "floor.txt"), (newest, "newest.txt")):
-            assert f"{package}=={version}\n" in (ROOT / "requirements" / file).read_text()
-
-
-def test_configuration_is_the_one_of_vit_b(tmp_path):
+def test_configuration_is_the_one_of_vit_b(tmp_path: Path) -> None:
     """Read by the library, as different releases write different defaults."""
     with torch.device("meta"):
         model = split_class()(SamConfig())
@@ -79,7 +261,7 @@ def test_configuration_is_the_one_of_vit_b(tmp_path):
     assert written == expected
 
 
-def test_processor_is_the_one_of_sam(tmp_path):
+def test_processor_is_the_one_of_sam(tmp_path: Path) -> None:
     SamProcessor(SamImageProcessor()).save_pretrained(tmp_path)
     expected = json.loads((tmp_path / "processor_config.json").read_text())
     assert json.loads((ROOT / "processor_config.json").read_text()) == expected
@@ -90,7 +272,7 @@ def test_processor_is_the_one_of_sam(tmp_path):
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("*_sam_split.py")), ids=lambda p: p.name)
-def test_remote_code_imports_only_what_every_user_has(path: Path):
+def test_remote_code_imports_only_what_every_user_has(path: Path) -> None:
     allowed = {*sys.stdlib_module_names, "torch", "transformers"}
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -99,30 +281,3 @@ def test_remote_code_imports_only_what_every_user_has(path: Path):
             assert node.level == 1 and (ROOT / f"{node.module}.py").exists(), "flat relative imports only"
         elif isinstance(node, ast.ImportFrom):
             assert str(node.module).split(".")[0] in allowed
-
-
-def test_quick_start_gives_no_warning(split_dir, stock_dir, tmp_path):
-    """Nor does loading and saving from a stock checkpoint, with every warning an error."""
-    Image.effect_noise((200, 180), 80).save(tmp_path / "photo.png")
-    code = "\n".join(re.findall(r"```python\n(.*?)```", README, re.DOTALL)[:2])
-    code = code.replace("<user>/sam-vit-base-split", str(split_dir)).replace("facebook/sam-vit-base", str(stock_dir))
-    run_python(f"import os\nos.chdir({str(tmp_path)!r})\n{code}", options=("-W", "error"))
-    assert (tmp_path / "sam-vit-base-split" / "model.safetensors").exists()
-
-
-COMMANDS = ["convert", "demo", "finetune", "segment", "upload", "verify"]
-MODULES = [f"{path.parent.name}.{path.stem}" for path in (ROOT / "benchmarks").glob("[!_]*.py")]
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_commands_start_from_anywhere(command, tmp_path):
-    words = [sys.executable, str(ROOT / f"{command}.py"), "--help"]
-    process = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert f"python {command}.py" in process.stdout
-
-
-@pytest.mark.parametrize("module", [*sorted(MODULES), "pretraining.train_sam_tiny"])
-def test_modules_start(module):
-    words = [sys.executable, "-m", module, "--help"]
-    process = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert f"python -m {module}" in process.stdout

@@ -11,7 +11,7 @@ import torch
 from conftest import CODE_FILES, FIGURES, Malicious, configure, rewrite, stock_model
 from safetensors.torch import load_file
 
-from checkpoint_tools.cards import model_card
+from checkpoint_tools.cards import card_facts, model_card
 from checkpoint_tools.staging import ROOT, split_class
 from checkpoint_tools.uploading import check_staged, is_ours, stage
 from checkpoint_tools.verification import Weights, compare_weights, verify
@@ -79,7 +79,7 @@ def staged_dir(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     path = tmp_path_factory.mktemp("staged") / "sam"
     path.mkdir()
     stage(base_dir, path, "5GB")
-    (path / "README.md").write_text(model_card("user/sam", str(base_dir), base_dir, FIGURES))
+    (path / "README.md").write_text(model_card(card_facts("user/sam", str(base_dir), base_dir, FIGURES)))
     return path
 
 
