@@ -1,11 +1,11 @@
-"""SAM's vision attention with decomposed relative positions, in memory that grows with the tokens, not with their square.
+"""SAM's vision attention with decomposed relative positions, in memory that grows with the number of tokens.
 
     scores[q, k] = scale * query[q] · key[k] + rel_h[q, row of k] + rel_w[q, column of k]
 
-Shapes: attention sees the images as R x S windows (R counts the rows of windows of all images, S those in a row) of H x W
-tokens each, in n heads of d channels: queries, keys and values are (R, S, n, H, W, d). In each of the G = R * S * n
-groups, the N = H * W tokens attend to each other. Without windows, R is the number of images and S is 1. The tables
-(H, H, d) and (W, W, d) hold the vector of relative position for each coordinate of a query and of a key.
+Shapes: R x S windows (R counts the rows of windows of all images, S those in a row; without windows R is the number of
+images and S is 1) of H x W tokens, in n heads of d channels. In each of the G = R * S * n groups, N = H * W tokens attend
+to each other. `qkv` (3, R, S, n, H, W, d) holds queries, keys and values. The tables (H, H, d) and (W, W, d) hold the
+vector of relative position for each coordinate of a query and of a key.
 """
 
 import itertools
@@ -21,32 +21,34 @@ import torch.nn.functional as F
 TILE_BYTES = {"cpu": 8 * 2**20}  # what stays in a CPU's caches
 TILE_BYTES_ELSEWHERE = 256 * 2**20  # what keeps other devices busy
 
-RelPos = tuple[torch.Tensor, torch.Tensor]
+Tables = tuple[torch.Tensor, torch.Tensor]
 
 
-def eager_attention(module: Any, qkv: torch.Tensor, rel_pos: RelPos | None) -> tuple[torch.Tensor, torch.Tensor]:
+def eager_attention(module: Any, qkv: torch.Tensor, tables: Tables | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns attention (R, S, n, H, W, d), every step spelt out, and its weights (G, N, N) before dropout."""
     query, key, value = (tokens(states) for states in qkv)  # (G, N, d)
     attn_weights = (query * module.scale) @ key.transpose(-1, -2)
-    if rel_pos is not None:
-        attn_weights = attn_weights + relative_position_bias(qkv[0], *rel_pos)
+    if tables is not None:
+        attn_weights = attn_weights + relative_position_bias(qkv[0], *tables)
     attn_weights = F.softmax(attn_weights, dim=-1, dtype=torch.float32).to(qkv.dtype)
     attn_probs = F.dropout(attn_weights, module.dropout, module.training)
     return (attn_probs @ value).view(qkv[0].shape), attn_weights
 
 
-def sdpa_attention(module: Any, qkv: torch.Tensor, rel_pos: RelPos | None) -> tuple[torch.Tensor, None]:
+def sdpa_attention(module: Any, qkv: torch.Tensor, tables: Tables | None) -> tuple[torch.Tensor, None]:
     """Returns attention (R, S, n, H, W, d) by PyTorch's fused kernels, on the path that fits the device."""
     dropout = module.dropout if module.training else 0.0
     # A recorded graph has no use for a long loop, and some recorders lose what is written in place.
     is_recorded = torch.compiler.is_exporting() or torch.jit.is_tracing()
-    path = "dense" if rel_pos is None or is_recorded else attention_path(qkv[0])
+    path = "dense" if tables is None or is_recorded else attention_path(qkv[0])
     if path == "folded":
-        return folded_attention(qkv, *rel_pos, module.scale, dropout), None
+        return folded_attention(qkv, *tables, module.scale, dropout), None
     if path == "tiled" and not dropout:  # which could not be drawn again, tile by tile, for backward
-        tile_bytes = module.config.attention_tile_bytes or TILE_BYTES.get(qkv.device.type, TILE_BYTES_ELSEWHERE)
-        return TiledAttention.apply(qkv, *rel_pos, module.scale, tile_bytes), None
-    bias = None if rel_pos is None else relative_position_bias(qkv[0], *rel_pos)[None]
+        tile_bytes = getattr(module.config, "attention_tile_bytes", None) or TILE_BYTES.get(
+            qkv.device.type, TILE_BYTES_ELSEWHERE
+        )
+        return TiledAttention.apply(qkv, *tables, module.scale, tile_bytes), None
+    bias = None if tables is None else relative_position_bias(qkv[0], *tables)[None]
     query, key, value = (tokens(states)[None] for states in qkv)  # (1, G, N, d)
     output = F.scaled_dot_product_attention(query, key, value, bias, dropout_p=dropout, scale=module.scale)
     return output.view(qkv[0].shape), None
@@ -58,22 +60,25 @@ def attention_path(query: torch.Tensor) -> str:
     | device | dtype | path | why |
     |---|---|---|---|
     | CUDA | fp32, fp16 | folded | memory-efficient or flash kernels |
-    | CUDA | bf16, from compute capability 8.0 | folded | the same; before 8.0 no fused kernel takes it: tiled |
-    | ROCm | fp16, bf16, d + H + W up to 256 | folded | flash; the other kernels ask for values as wide as keys: tiled |
-    | CUDA, ROCm | fp64 | tiled | there is no fused kernel |
+    | CUDA | bf16 | folded | the same, from compute capability 8.0; before that tiled, as there is none |
+    | ROCm | fp16, bf16 | folded | flash, if d + H + W <= 256; else tiled, as values must be as wide as keys |
+    | CUDA, ROCm | other | tiled | no fused kernel |
     | CPU | any | tiled | tiles stay in the caches, and folding triples the work |
-    | MPS, XPU, others | any | tiled | there is no fused kernel that trains with that many channels |
+    | MPS, XPU, others | any | tiled | no fused kernel that trains with so many channels |
     """
-    if query.device.type != "cuda" or query.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+    is_half = query.dtype in (torch.float16, torch.bfloat16)
+    if query.device.type != "cuda" or not (is_half or query.dtype == torch.float32):
         return "tiled"
     if torch.version.hip is not None:  # ROCm calls its devices "cuda", too
-        return "folded" if query.dtype != torch.float32 and sum(query.shape[3:]) <= 256 else "tiled"
+        return "folded" if is_half and sum(query.shape[3:]) <= 256 else "tiled"
     has_kernel = query.dtype != torch.bfloat16 or torch.cuda.get_device_capability(query.device) >= (8, 0)
     return "folded" if has_kernel else "tiled"
 
 
-def relative_positions(query: torch.Tensor, table_h: torch.Tensor, table_w: torch.Tensor) -> RelPos:
-    """Returns `rel_h` (R, S, n, H, W, H) and `rel_w` (R, S, n, H, W, W), what each key's row and column add to a score.
+def relative_positions(
+    query: torch.Tensor, table_h: torch.Tensor, table_w: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns `rel_h` (R, S, n, H, W, H) and `rel_w` (R, S, n, H, W, W).
 
     Source: MViTv2, https://arxiv.org/abs/2112.01526, equation 4.
     """
@@ -85,7 +90,7 @@ def relative_positions(query: torch.Tensor, table_h: torch.Tensor, table_w: torc
 def relative_position_bias(
     query: torch.Tensor, table_h: torch.Tensor, table_w: torch.Tensor, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Returns the bias (G, N, N) of the scores of `query`, or (g, n, N) of a tile of it with its rows of the tables."""
+    """Returns the bias (G, N, N) of the scores of `query`, or that of a tile, given its rows of the tables."""
     rel_h, rel_w = (rel.flatten(0, 2).contiguous() for rel in relative_positions(query, table_h, table_w))
     if out is None:
         return (rel_h[..., :, None] + rel_w[..., None, :]).flatten(3).flatten(1, 2)
@@ -105,8 +110,8 @@ def folded_attention(
 
         scores[q, k] = [scale * query[q], rel_h[q], rel_w[q]] · [key[k], onehot(row of k), onehot(column of k)]
 
-    Channels are filled up with zeros to what the kernels ask for: all to multiples of 8; for flash, which takes half
-    precision and at most 256, values as wide as keys, and 256 rather than 193 to 255, which it does not train everywhere.
+    Channels are filled up with zeros to what the kernels ask for. All are multiples of 8. Flash takes half precision and
+    at most 256 channels; its values are as wide as its keys, and it does not train 193 to 255 on all GPUs.
     """
     query, key, value = qkv
     rel_h, rel_w = relative_positions(query, table_h, table_w)
@@ -169,9 +174,12 @@ class TiledAttention(torch.autograd.Function):
         return *TiledAttentionBackward.apply(grad_output, *ctx.saved_tensors, ctx.scale, ctx.tile_bytes), None, None
 
     @staticmethod
-    def vmap(info, in_dims, *inputs):
-        """Refuses to be mapped."""
-        raise_unsupported_transform()
+    def vmap(*_):
+        """Raises, as there is no batching rule."""
+        raise RuntimeError(
+            "Tiled attention has no second derivatives and no batching rule for vmap (is_grads_batched, jacobian): load "
+            'the model with attn_implementation="eager", or call model.set_attn_implementation("eager").'
+        )
 
 
 class TiledAttentionBackward(torch.autograd.Function):
@@ -180,38 +188,16 @@ class TiledAttentionBackward(torch.autograd.Function):
     @staticmethod
     def forward(grad_output, qkv, table_h, table_w, scale, tile_bytes):
         """Returns the gradients of `qkv` and of both tables."""
-        device = qkv.device.type  # autocast's dtypes would mix with those chosen below; "meta" has none
+        device = qkv.device.type  # autocast's dtypes would mix with those chosen here; "meta" has none
         with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
-            return _tiled_gradients(grad_output, qkv, table_h, table_w, scale, tile_bytes)
+            return tiled_gradients(grad_output, qkv, table_h, table_w, scale, tile_bytes)
 
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        """Keeps nothing."""
-
-    @staticmethod
-    def backward(ctx, *grad_outputs):
-        """Refuses second derivatives."""
-        raise_unsupported_transform()
-
-    vmap = TiledAttention.vmap
+    setup_context = staticmethod(lambda ctx, inputs, output: None)
+    backward = vmap = TiledAttention.vmap
 
 
-def raise_unsupported_transform() -> None:
-    """Raises for second derivatives and for vmap."""
-    raise RuntimeError(
-        "Tiled attention has no second derivatives and no batching rule for vmap (is_grads_batched, jacobian): load the "
-        'model with attn_implementation="eager", or call model.set_attn_implementation("eager").'
-    )
-
-
-def _tiled_gradients(
-    grad_output: torch.Tensor,
-    qkv: torch.Tensor,
-    table_h: torch.Tensor,
-    table_w: torch.Tensor,
-    scale: float,
-    tile_bytes: int,
-) -> tuple[torch.Tensor, ...]:
+def tiled_gradients(grad_output, qkv, table_h, table_w, scale, tile_bytes) -> tuple[torch.Tensor, ...]:
+    """Returns the gradients of `qkv` and of both tables, without regard to autocast."""
     inputs = qkv, table_h, table_w
     dtype = torch.promote_types(qkv.dtype, torch.float32)
     grads = tuple(torch.zeros_like(tensor, dtype=dtype) for tensor in inputs)

@@ -74,9 +74,9 @@ class SamSplitVisionConfig(SamSplitConfigMixin, SamVisionConfig):
 
     Args:
         attention_tile_bytes: What tiled `sdpa` attention may take for the scores of some of the queries, in bytes,
-            whatever the batch and the image size. Inference holds one such tile at a time, training two. By default 8 MB
-            on CPUs, so that tiles stay in their caches, and 256 MB elsewhere. It is a setting of the machine, given on
-            load, and never saved.
+            whatever the batch and the image size; inference holds one such tile at a time, training two. None stands
+            for 8 MB on CPUs, so that tiles stay in the caches, and 256 MB elsewhere. It is a setting of the machine,
+            given on load, and never saved.
 
     Raises:
         ValueError: If the settings have a wrong type, or would build a broken or silently different model.
@@ -197,10 +197,7 @@ def check_attention_implementation(implementation: str | None) -> None:
 
 
 def _with_split_types(config_dict: dict[str, Any]) -> dict[str, Any]:
-    split_types = {
-        config.model_type: split.model_type
-        for config, split in ((SamConfig, SamSplitConfig), (SamVisionConfig, SamSplitVisionConfig))
-    }
+    split_types = {split._stock_class.model_type: split.model_type for split in (SamSplitConfig, SamSplitVisionConfig)}
     model_type = config_dict.get("model_type")
     if model_type is not None and model_type not in (*split_types, *split_types.values()):
         raise ValueError(

@@ -55,7 +55,7 @@ def split_state_dict(
     for kind in ("weight", "bias"):
         if f"qkv.{kind}" not in state_dict:
             continue
-        if both := [f"{name}.{kind}" for name in PROJECTIONS if f"{name}.{kind}" in state_dict]:
+        if both := sorted({f"{name}.{kind}" for name in PROJECTIONS} & state_dict.keys()):
             problems.append(f"It holds qkv.{kind} and also {', '.join(both)}: remove one of them.")
         try:
             parts = split_q_k_v(entries.pop(f"qkv.{kind}"))
@@ -68,9 +68,9 @@ def split_state_dict(
     own, present = names & set(places), names & entries.keys()
     if displaced := sorted(present - own) + [key for key in entries if key.startswith("qkv.")]:
         problems.append(
-            f"There is no place for {', '.join(displaced)}: if adapters wrap q, k or v, load the weights before adding "
-            "them; an adapter of the fused qkv does not fit them at all; and qkv_bias in the configuration must be the "
-            "checkpoint's."
+            f"There is no place for {', '.join(displaced)}: if adapters wrap q, k or v, load the weights before "
+            "adding them; an adapter of the fused qkv does not fit them at all; and qkv_bias in the configuration must "
+            "be the checkpoint's."
         )
     only_biases = present == {key for key in own if key.endswith(".bias")} and "qkv.bias" not in state_dict
     if present and not only_biases and (missing := sorted(own - present)):
@@ -78,11 +78,21 @@ def split_state_dict(
     return entries, problems
 
 
-def fuse_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The inverse of splitting, for a whole model: joins `….attn.q.weight`, `….k.…` and `….v.…` in `….attn.qkv.weight`.
+def split_fused(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Splits every `….attn.qkv.…` of a whole model into `….attn.q.…`, `….attn.k.…` and `….attn.v.…`."""
+    split = {}
+    for key, tensor in state_dict.items():
+        layer, fused, kind = key.rpartition(".attn.qkv.")
+        parts = split_q_k_v(tensor) if fused else {}
+        split |= {f"{layer}.attn.{name}.{kind}": part for name, part in parts.items()} or {key: tensor}
+    return split
+
+
+def fuse_split(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The inverse of `split_fused`.
 
     Raises:
-        KeyError: If a layer has one of the three only.
+        KeyError: If a layer lacks some of the three.
     """
     fused = {}
     for key, tensor in state_dict.items():
@@ -91,9 +101,8 @@ def fuse_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.T
         if not attn or name not in PROJECTIONS:
             fused[key] = tensor
         elif name == "q":
-            fused[f"{layer}.attn.qkv.{kind}"] = torch.cat(
-                [state_dict[f"{layer}.attn.{part}.{kind}"] for part in PROJECTIONS]
-            )
+            parts = [state_dict[f"{layer}.attn.{part}.{kind}"] for part in PROJECTIONS]
+            fused[f"{layer}.attn.qkv.{kind}"] = torch.cat(parts)
     return fused
 
 
@@ -126,30 +135,29 @@ def check_loaded(
     for match in filter(None, map(re.compile(r"(.*\.attn)\.(qkv|[qkv])\.").match, keys)):
         layers[match[2]].add(match[1])
     problems = {
-        "missing": missing,
-        "not in the model": {key for key in loading_info.unexpected_keys if ".attn." in key},
-        "of another shape": {f"{key} {tuple(theirs)}, in the model {tuple(ours)}" for key, theirs, ours in mismatched},
-        "not to be split in three": loading_info.conversion_errors.keys(),
-        "in two files": {key for key, following in itertools.pairwise(keys) if key == following},
-        "both fused, as qkv, and separate, as q, k, v": layers["qkv"] & (layers["q"] | layers["k"] | layers["v"]),
+        "missing: ": missing,
+        "not in the model: ": {key for key in loading_info.unexpected_keys if ".attn." in key},
+        "of another shape: ": {
+            f"{key} {tuple(theirs)}, in the model {tuple(ours)}" for key, theirs, ours in mismatched
+        },
+        "not to be split in three: ": loading_info.conversion_errors.keys(),
+        "in two files: ": {key for key, following in itertools.pairwise(keys) if key == following},
+        "both a fused qkv and separate q, k, v for ": layers["qkv"] & (layers["q"] | layers["k"] | layers["v"]),
     }
     if not any(problems.values()):
         return
-    text = "".join(f"\n- {problem}: {', '.join(sorted(keys))}" for problem, keys in problems.items() if keys)
+    text = "; ".join(f"{problem}{', '.join(sorted(keys))}" for problem, keys in problems.items() if keys)
+    advice = "Check that it is a complete SAM v1 checkpoint, and that the settings in config.json are its own."
     config = getattr(model.config, "vision_config", model.config)
     grid_size = config.image_size // config.patch_size
-    for key, theirs, ours in sorted(loading_info.mismatched_keys):
+    for key, theirs, ours in loading_info.mismatched_keys:
         if key.endswith("pos_embed") or (key.endswith("rel_pos_h") and ours[0] == 2 * grid_size - 1):
             side = config.patch_size * (theirs[1] if len(theirs) == 4 else (theirs[0] + 1) // 2)
-            text += (
-                f"\nThe checkpoint is for images of {side} pixels, and the configuration for {config.image_size}: set "
+            advice = (
+                f"The checkpoint is for images of {side} pixels, and the configuration for {config.image_size}: set "
                 f"image_size={side} in vision_config and prompt_encoder_config."
             )
-            break
-    raise ValueError(
-        f"{type(model).__name__} would not hold the weights of this checkpoint. Check that it is a complete SAM v1 "
-        f"checkpoint, and that the settings in config.json are its own.{text}"
-    )
+    raise ValueError(f"{type(model).__name__} would not hold the weights of this checkpoint. Weights {text}. {advice}")
 
 
 class SplitQKV(ConversionOps):

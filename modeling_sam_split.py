@@ -5,12 +5,13 @@ three Linears, `q`, `k` and `v`, so that LoRA can target two of them; everything
 fused weights are split on the way in, by `from_pretrained` and by `load_state_dict` alike, and `to_sam()` fuses them
 again.
 
-Classes are named `Sam…Split` where they replace a part of SAM, which is the name that the transformers guide "Customizing
-model components" gives to `SamVisionAttentionSplit`, and `SamSplit…` where they are loaded by name.
+Classes are named `Sam…Split` where they replace a part of SAM, after `SamVisionAttentionSplit` of the transformers guide
+"Customizing model components", and `SamSplit…` where they are loaded by name.
 
 Shapes: B images of rows x columns tokens with C channels. The rest of the letters is in `attention_sam_split.py`.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,10 +24,14 @@ from transformers.models.sam.modeling_sam import (
     SamVisionEncoder,
     SamVisionLayer,
 )
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from .attention_sam_split import ATTENTION_FUNCTIONS
 from .configuration_sam_split import SamSplitConfig, SamSplitVisionConfig, check_attention_implementation
-from .conversion_sam_split import check_loaded, fuse_state_dict, split_state_dict
+from .conversion_sam_split import check_loaded, fuse_split, split_fused, split_state_dict
+
+
+logger = logging.get_logger(__name__)
 
 
 class SamVisionAttentionSplit(SamVisionAttention):
@@ -96,8 +101,7 @@ class SamVisionAttentionSplit(SamVisionAttention):
     def project(self, hidden_states: torch.Tensor, height: int, width: int) -> torch.Tensor:
         """Returns queries, keys and values (3, B, …, …, C) of `hidden_states`, padded to windows of height x width.
 
-        Stock SAM pads with zeros before the projection. The padding attends and is attended to, so it is projected too,
-        but only once.
+        Stock SAM pads with zeros before the projection, and the padding is attended to. So it is projected too, once.
         """
         batch_size, rows, columns, _ = hidden_states.shape
         qkv = torch.stack([projection(hidden_states) for projection in (self.q, self.k, self.v)])
@@ -179,12 +183,15 @@ class SamSplitPreTrainedModel(SamPreTrainedModel):
             )
         return loading_info
 
-    def save_pretrained(self, save_directory, *args, state_dict: dict[str, torch.Tensor] | None = None, **kwargs):
+    def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, *args, **kwargs):
         """As in `PreTrainedModel`, but always with split weights, and with the code that loads them."""
         self.config.auto_map = dict(self._auto_map)
-        return super().save_pretrained(
-            save_directory, *args, **{**kwargs, "state_dict": state_dict, "save_original_format": False}
-        )
+        kwargs["save_original_format"] = False
+        state_dict = state_dict and split_fused(state_dict)
+        super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
+        single, index = Path(save_directory, SAFE_WEIGHTS_NAME), Path(save_directory, SAFE_WEIGHTS_INDEX_NAME)
+        if single.exists() and index.exists() and single.stat().st_mtime_ns < index.stat().st_mtime_ns:
+            logger.warning(f"{index} is new, but from_pretrained would load the older {single}: remove it.")
 
     @torch.no_grad()
     def to_sam(self) -> PreTrainedModel:
@@ -205,7 +212,7 @@ class SamSplitPreTrainedModel(SamPreTrainedModel):
                 "Adapters are still in place: fold them in with merge_and_unload() (or drop them with unload()), then "
                 f"call to_sam() on the model it returns. A plain SAM differs in: {', '.join(foreign)}."
             )
-        fused = {key: tensor.clone() for key, tensor in fuse_state_dict(state_dict).items()}
+        fused = {key: tensor.clone() for key, tensor in fuse_split(state_dict).items()}
         model.load_state_dict(fused, assign=True)
         model.tie_weights()
         return model.train(self.training)

@@ -4,6 +4,7 @@ python -m benchmarks.bench --rounds 3
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -36,7 +37,8 @@ TITLES = {
     "lora-checkpointing": "LoRA step, gradient checkpointing",
 }
 GROWTH_SIDES = (512, 768, 1024, 1536, 2048)
-PARTS = ("table", "growth", "sizes")
+PARTS = ("table", "growth", "sizes")  # of a CPU; with --device cuda there is one table, of all paths
+PATHS = ("stock-eager", PEER, "tiled", "folded")
 
 
 def main() -> None:
@@ -44,6 +46,9 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     file = args.output / "results.json"
     results: dict = json.loads(file.read_text()) if file.exists() else {}
+    if args.device == "cuda":
+        print(paths(args))
+        return
     if results.get("machine") != machine(args.device):  # parts measured elsewhere do not belong together
         results = {"machine": machine(args.device)}
     for part in args.parts:
@@ -66,6 +71,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=1, help="images")
     parser.add_argument("--rounds", type=int, default=3, help="of which the medians are reported")
     parser.add_argument("--tasks", nargs="+", choices=COMPARISONS, default=list(COMPARISONS))
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="on a CPU; cuda runs both")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks")
     return parser.parse_args()
@@ -88,7 +94,7 @@ def machine(device: str) -> dict[str, str]:
 
 def measure(implementation: str, task: str, args: argparse.Namespace, **changes: str | int) -> dict[str, float]:
     """Runs `benchmarks.measure` in a new process; a step that does not fit in memory gives an empty result."""
-    options = {"model": args.model, "side": args.side, "batch": args.batch, "device": args.device, **changes}
+    options = {name: getattr(args, name) for name in ("model", "side", "batch", "device", "dtype")} | changes
     command = [sys.executable, "-m", "benchmarks.measure", "--implementation", implementation, "--task", task]
     command += [word for name, value in options.items() for word in (f"--{name}", str(value))]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -118,7 +124,26 @@ def table(args: argparse.Namespace) -> dict[str, Any]:
         }
         for task in args.tasks
     }
-    return {"model": args.model, "side": args.side, "batch": args.batch, "rounds": args.rounds, "tasks": tasks}
+    return {
+        "model": args.model,
+        "side": args.side,
+        "batch": args.batch,
+        "dtype": args.dtype,
+        "rounds": args.rounds,
+        "tasks": tasks,
+    }
+
+
+def paths(args: argparse.Namespace) -> str:
+    """A table of every path of attention, for all models, dtypes and batch sizes, on this GPU."""
+    title = ", ".join(f"{key} {value}" for key, value in machine(args.device).items())
+    rows = [title, "", "| | " + " | ".join(PATHS) + " |", "|---" * (len(PATHS) + 1) + "|"]
+    cases = itertools.product(SIZES, ("encoder", "lora"), ("float32", "bfloat16"), (1, 8))
+    for model, task, dtype, batch in tqdm([*cases], desc="paths"):
+        results = [measure(path, task, args, model=model, dtype=dtype, batch=batch, repeats=5) for path in PATHS]
+        cells = [f"{r['seconds']:.3f} s, {r['gigabytes']:.2f} GB" if r else "out of memory" for r in results]
+        rows.append(f"| ViT-{model[0].upper()}, {TITLES[task]}, {dtype}, batch {batch} | {' | '.join(cells)} |")
+    return "\n".join(rows)
 
 
 def growth(args: argparse.Namespace) -> dict[str, dict[str, dict[str, float]]]:
@@ -150,7 +175,7 @@ def markdown(results: dict[str, Any]) -> str:
         setting = results["table"]
         lines += [
             f"ViT-{setting['model'][0].upper()}, {setting['side']} x {setting['side']} pixels, "
-            f"batch {setting['batch']}, fp32, medians of {setting['rounds']}:",
+            f"batch {setting['batch']}, {setting['dtype']}, medians of {setting['rounds']}:",
             "",
             "| | time | / stock sdpa | peak memory | / stock sdpa |",
             "|---|---|---|---|---|",

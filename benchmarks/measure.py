@@ -8,6 +8,7 @@ import ctypes
 import gc
 import json
 import resource
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ from transformers import SamConfig, SamModel, set_seed
 from checkpoint_tools.staging import split_class
 
 
-IMPLEMENTATIONS = ("stock-eager", "stock-sdpa", "split", "products")
+IMPLEMENTATIONS = ("stock-eager", "stock-sdpa", "split", "folded", "tiled", "products")  # folded, tiled: split so
 TASKS = ("encoder", "lora", "lora-checkpointing")
 SIZES = {
     "base": {},
@@ -36,7 +37,7 @@ def main() -> None:
     args = parse_args()
     set_seed(0)
     limit_memory(args.device)
-    step = build_step(args)
+    step, _ = build_step(args)
     if args.implementation == "products":
         products = MatrixProducts()
         with products:
@@ -67,13 +68,14 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model", choices=SIZES, default="base")
     parser.add_argument("--side", type=int, default=1024, help="of the image, in pixels")
     parser.add_argument("--batch", type=int, default=1, help="images")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--repeats", type=int, default=1, help="timed steps, of which the fastest counts")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     return parser.parse_args()
 
 
-def build_step(args: argparse.Namespace) -> Callable[[], None]:
-    """Returns what is measured: the encoder without gradients, or forward and backward of a LoRA step."""
+def build_step(args: argparse.Namespace) -> tuple[Callable[[], None], Any]:
+    """Returns what is measured, the encoder without gradients, or forward and backward of a LoRA step; and the model."""
     parts = {"image_size": args.side, "patch_size": 16}
     config = SamConfig(
         vision_config=SIZES[args.model] | parts,
@@ -82,25 +84,34 @@ def build_step(args: argparse.Namespace) -> Callable[[], None]:
     )
     stock = args.implementation.startswith("stock")
     model_class = SamModel if stock else split_class()
+    dtype = getattr(torch, args.dtype)
     with torch.device(args.device):
-        model: Any = randomize(model_class(config)).eval()
-        pixel_values = torch.randn(args.batch, 3, args.side, args.side)
-        input_points = torch.full((args.batch, 1, 1, 2), args.side / 2)
+        model: Any = randomize(model_class(config)).eval().to(dtype)
+        pixel_values = torch.randn(args.batch, 3, args.side, args.side, dtype=dtype)
+        input_points = torch.full((args.batch, 1, 1, 2), args.side / 2, dtype=dtype)
+    if args.implementation in ("folded", "tiled"):
+        take_path(model, args.implementation)
 
     if args.task == "encoder":
-        return lambda: model.get_image_embeddings(pixel_values)
+        return lambda: model.get_image_embeddings(pixel_values), model
 
     targets = ["qkv"] if stock else ["q", "v"]
     lora = LoraConfig(r=16, lora_alpha=32, target_modules=targets, lora_dropout=0.1, task_type="FEATURE_EXTRACTION")
     if args.task == "lora-checkpointing":
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    model = get_peft_model(model, lora).train()
+    adapted = get_peft_model(model, lora).train()
 
     def step() -> None:
-        model(pixel_values=pixel_values, input_points=input_points).pred_masks.square().mean().backward()
-        model.zero_grad()
+        adapted(pixel_values=pixel_values, input_points=input_points).pred_masks.square().mean().backward()
+        adapted.zero_grad()
 
-    return step
+    return step, model
+
+
+def take_path(model: Any, path: str) -> None:
+    """Makes attention take `path` in this process, whatever the device."""
+    attention = sys.modules[type(model).__module__.replace("modeling_", "attention_")]
+    attention.attention_path = lambda query: path  # type: ignore[attr-defined]
 
 
 def randomize(model: Any) -> Any:

@@ -5,7 +5,6 @@ python -m benchmarks.peft_family
 
 import argparse
 import contextlib
-import functools
 import io
 import logging
 import tempfile
@@ -21,6 +20,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, SamConfig, SamMode
 from transformers.utils.logging import disable_progress_bar
 
 from checkpoint_tools.comparison import example_outputs, largest_relative_error
+from checkpoint_tools.loading import let_gradients_through_4bit
 from checkpoint_tools.staging import split_class
 
 
@@ -146,7 +146,12 @@ def measure(method: Method, base: str) -> Result:
     options = {}
     if method.four_bits:
         options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
-    load = functools.partial(split_class().from_pretrained, base, **options)
+
+    def load() -> PreTrainedModel:
+        model = split_class().from_pretrained(base, **options)
+        let_gradients_through_4bit(model)
+        return model
+
     torch.manual_seed(0)
     try:
         plain = example_outputs(load())

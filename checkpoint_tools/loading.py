@@ -1,6 +1,7 @@
 """Loads any SAM v1, stock or split, as a split model, and makes the processor that fits a model."""
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, SamConfig, SamModel, SamProcessor
 
 from .staging import split_class
@@ -49,3 +50,13 @@ def processor_for(config: SamConfig) -> SamProcessor:
             mask_pad_size={"height": mask_size, "width": mask_size},
         )
     )
+
+
+def let_gradients_through_4bit(model: nn.Module) -> None:
+    """Keeps bitsandbytes from packing 4-bit weights in evaluation, as it does on CPUs that have AVX512-BF16.
+
+    Packed weights give no gradients in later training, and some widths cannot be packed at all.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False

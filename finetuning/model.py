@@ -9,6 +9,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from transformers import AutoProcessor, BitsAndBytesConfig, PreTrainedModel, SamProcessor
 
+from checkpoint_tools.loading import let_gradients_through_4bit
 from checkpoint_tools.staging import split_class
 
 from .settings import Settings
@@ -32,6 +33,7 @@ def load_base(
     options = {"quantization_config": quantization_config} if quantization_config else {}
     try:
         model = split_class().from_pretrained(base, revision=revision, dtype=torch.float32, **options)
+        let_gradients_through_4bit(model)
         processor = AutoProcessor.from_pretrained(base, revision=revision)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{base}: not a SAM v1 checkpoint with a processor: {str(error).splitlines()[0]}") from error

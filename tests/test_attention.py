@@ -1,17 +1,32 @@
-"""The tiled attention is exact, bounded, and works with what people build around a model."""
+"""Attention is exact on each of its paths, bounded, and takes the path that fits the device."""
 
 import copy
-import importlib
 import itertools
 import pickle
+import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import assert_same_outputs, stock_model
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from benchmarks.kernels import count
 from checkpoint_tools.staging import split_class
+
+
+def attention_module() -> ModuleType:
+    """attention_sam_split.py, as the models of this process use it."""
+    return sys.modules[split_class().__module__.replace("modeling_sam_split", "attention_sam_split")]
+
+
+@pytest.fixture(params=["tiled", "folded"])
+def path(request, monkeypatch) -> str:
+    """Both paths, whatever the device."""
+    monkeypatch.setattr(attention_module(), "attention_path", lambda query: request.param)
+    return request.param
 
 
 TILE_BYTES = [1, 1_000, 8_000, 2**30]  # a query, parts of a row, some rows or windows, all
@@ -40,17 +55,37 @@ def outputs_and_gradients(encoder: nn.Module, pixel_values: torch.Tensor) -> dic
     return {"output": output.detach(), "pixel_values": leaf.grad, **found}
 
 
-@pytest.mark.parametrize("tile_bytes", TILE_BYTES)
-@pytest.mark.parametrize("vision", [{}, {"window_size": 0}, {"window_size": 5, "num_attention_heads": 4}], ids=str)
-def test_exact_with_tiles_of_any_size(vision, tile_bytes, inputs):
-    stock, split = (model.double() for model in models(**vision, attention_tile_bytes=tile_bytes))
+UNUSUAL = [
+    {},
+    {"window_size": 0},
+    {"window_size": 5, "num_attention_heads": 4},
+    {"window_size": 8},  # as large as the image
+    {"hidden_size": 40, "num_attention_heads": 1},
+    {"qkv_bias": False},
+    {"use_rel_pos": False},
+    {"patch_size": 4, "window_size": 6},
+]
+
+
+@pytest.mark.parametrize("vision", UNUSUAL, ids=str)
+def test_exact_on_both_paths(path, vision, inputs):
+    stock, split = (model.double() for model in models(**vision))
     pixel_values = inputs["pixel_values"].double()
     assert_same_outputs(
         outputs_and_gradients(split, pixel_values), outputs_and_gradients(stock, pixel_values), tolerance=1e-10
     )
 
 
-def test_exact_in_single_precision(inputs):
+@pytest.mark.parametrize("tile_bytes", TILE_BYTES)
+def test_exact_with_tiles_of_any_size(tile_bytes, inputs):
+    stock, split = (model.double() for model in models(attention_tile_bytes=tile_bytes))
+    pixel_values = inputs["pixel_values"].double()
+    assert_same_outputs(
+        outputs_and_gradients(split, pixel_values), outputs_and_gradients(stock, pixel_values), tolerance=1e-10
+    )
+
+
+def test_exact_in_single_precision(path, inputs):
     stock, split = models()
     actual, expected = (outputs_and_gradients(model, inputs["pixel_values"]) for model in (split, stock))
     assert_same_outputs(actual, expected, tolerance=1e-5)
@@ -58,38 +93,132 @@ def test_exact_in_single_precision(inputs):
 
 @pytest.mark.parametrize("grid", [(8, 8), (6, 9), (4, 2)], ids=str)
 @pytest.mark.parametrize("layer", [0, 1], ids=["windowed", "global"])
-def test_grids_that_are_not_square(layer, grid, inputs):
+def test_grids_that_are_not_square(path, layer, grid, inputs):
     stock, split = (model.layers[layer].double() for model in models())
     hidden_states = torch.randn(2, *grid, 28, dtype=torch.float64)
     torch.testing.assert_close(split(hidden_states), stock(hidden_states), rtol=1e-10, atol=1e-10)
 
 
 def test_gradcheck():
-    tiled_attention = importlib.import_module(
-        split_class().__module__.replace("modeling_sam_split", "attention_sam_split")
-    ).TiledAttention
     qkv = torch.randn(3, 2, 1, 2, 2, 3, 4, dtype=torch.float64, requires_grad=True)
     tables = [torch.randn(size, size, 4, dtype=torch.float64, requires_grad=True) for size in (2, 3)]
     for tile_bytes in (1, 200, 2**20):
-        assert torch.autograd.gradcheck(tiled_attention.apply, (qkv, *tables, 0.5, tile_bytes))
+        assert torch.autograd.gradcheck(attention_module().TiledAttention.apply, (qkv, *tables, 0.5, tile_bytes))
+    assert torch.autograd.gradcheck(attention_module().folded_attention, (qkv, *tables, 0.5))
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "capability", "hip", "side", "path"),
+    [
+        ("cpu", torch.float32, None, None, 64, "tiled"),
+        ("cpu", torch.bfloat16, None, None, 14, "tiled"),
+        ("mps", torch.float16, None, None, 64, "tiled"),
+        ("xpu", torch.bfloat16, None, None, 64, "tiled"),
+        ("meta", torch.bfloat16, None, None, 64, "tiled"),
+        ("cuda", torch.bfloat16, (9, 0), None, 64, "folded"),
+        ("cuda", torch.float16, (8, 6), None, 14, "folded"),
+        ("cuda", torch.bfloat16, (8, 0), None, 128, "folded"),  # too many channels for flash
+        ("cuda", torch.float32, (8, 0), None, 64, "folded"),
+        ("cuda", torch.float32, (7, 5), None, 64, "folded"),
+        ("cuda", torch.float16, (7, 5), None, 64, "folded"),
+        ("cuda", torch.bfloat16, (7, 5), None, 64, "tiled"),
+        ("cuda", torch.float64, (9, 0), None, 64, "tiled"),
+        ("cuda", torch.bfloat16, (9, 4), "6.4", 64, "folded"),
+        ("cuda", torch.bfloat16, (9, 4), "6.4", 128, "tiled"),
+        ("cuda", torch.float32, (9, 4), "6.4", 64, "tiled"),
+    ],
+    ids=str,
+)
+def test_path_fits_the_device(device, dtype, capability, hip, side, path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    query = SimpleNamespace(device=torch.device(device), dtype=dtype, shape=(1, 1, 12, side, side, 64))
+    assert attention_module().attention_path(query) == path
+
+
+@pytest.mark.parametrize("channels", [7, 64, 80])
+@pytest.mark.parametrize("dtype", [torch.float32, *DTYPES], ids=str)
+def test_folded_channels_are_those_that_kernels_take(channels, dtype, monkeypatch):
+    calls = []
+    attention = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: calls.append((a, k)) or attention(*a, **k))
+    qkv = torch.randn(3, 1, 1, 1, 64, 64, channels, dtype=dtype)
+    tables = torch.randn(2, 64, 64, channels, dtype=dtype)
+    attention_module().folded_attention(qkv, *tables, 0.1)
+    (((query, key, value), options),) = calls
+    sizes = [states.shape[-1] for states in (query, key, value)]
+    assert "attn_mask" not in options
+    assert all(size % 8 == 0 for size in sizes)
+    assert sizes[0] == sizes[1] >= channels + 128
+    if dtype == torch.float32:
+        assert channels <= sizes[2] < channels + 8
+    else:
+        assert sizes[2] == sizes[0] == {7: 136, 64: 192, 80: 256}[channels]
+
+
+@pytest.mark.slow
+def test_folded_needs_few_kernels(monkeypatch):
+    """Counted without a GPU; tiles of 8 MB need a hundred times as many."""
+    monkeypatch.setattr(attention_module(), "attention_path", None)  # count() sets it, and this puts it back
+    stock, folded = (
+        [count(implementation, None, "lora", batch=batch) for batch in (1, 8)]
+        for implementation in ("stock-sdpa", "folded")
+    )
+    assert all(ours <= 2 * theirs for ours, theirs in zip(folded, stock, strict=True))
+    assert folded[1] <= 1.02 * folded[0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("autocast", [False, True], ids=["cast", "autocast"])
-def test_half_precision_is_no_worse_than_stock(dtype, autocast, inputs):
-    """Measured against single precision, over all outputs and gradients together."""
-    reference = outputs_and_gradients(models()[0], inputs["pixel_values"])
-    errors = []
-    for model in models():
-        model, pixel_values = (model, inputs["pixel_values"])
-        if not autocast:
-            model, pixel_values = model.to(dtype), pixel_values.to(dtype)
-        with torch.autocast("cpu", dtype, enabled=autocast):
-            found = outputs_and_gradients(model, pixel_values)
-        relative = [(found[name].float() - exact).norm() / exact.norm() for name, exact in reference.items()]
-        errors.append(torch.stack(relative).mean().item())
+def test_half_precision_is_no_worse_than_stock(path, dtype, autocast, inputs):
+    """Measured against single precision, over all outputs and gradients of several inputs: one alone may be unlucky."""
+    errors = torch.zeros(2)
+    for seed in range(4):
+        pixel_values = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(seed))
+        reference = outputs_and_gradients(models()[0], pixel_values)
+        for index, model in enumerate(models()):
+            if not autocast:
+                model, pixel_values = model.to(dtype), pixel_values.to(dtype)
+            with torch.autocast("cpu", dtype, enabled=autocast):
+                results = outputs_and_gradients(model, pixel_values)
+            relative = [(results[name].float() - exact).norm() / exact.norm() for name, exact in reference.items()]
+            errors[index] += torch.stack(relative).mean()
     stock, split = errors
-    assert 0 < split <= 1.05 * stock
+    assert 0 < split <= 1.15 * stock
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["folded", "tiled"])
+def test_half_precision_over_many_tokens(name, dtype):
+    """Sums over 1,024 tokens and 512 tiles are where precision would be lost, and leave nothing to luck."""
+    qkv, weight = torch.randn(3, 1, 1, 2, 32, 32, 16), torch.randn(1, 1, 2, 32, 32, 16)
+    tables = 0.3 * torch.randn(2, 32, 32, 16)
+    attention = attention_module()
+
+    def dense(qkv: torch.Tensor, table_h: torch.Tensor, table_w: torch.Tensor) -> torch.Tensor:
+        bias = attention.relative_position_bias(qkv[0], table_h, table_w)
+        query, key, value = (states.flatten(3, 4).flatten(0, 2) for states in qkv)
+        return F.scaled_dot_product_attention(query, key, value, bias, scale=0.25).view(qkv[0].shape)
+
+    functions = {
+        "dense": dense,
+        "folded": lambda *tensors: attention.folded_attention(*tensors, 0.25),
+        "tiled": lambda *tensors: attention.TiledAttention.apply(*tensors, 0.25, 2**14),
+    }
+
+    def run(name: str, dtype: torch.dtype) -> list[torch.Tensor]:
+        leaves = [tensor.to(dtype).requires_grad_() for tensor in (qkv, *tables)]
+        output = functions[name](*leaves)
+        return [output, *torch.autograd.grad(output, leaves, weight.to(dtype))]
+
+    exact = run("dense", torch.float64)
+    errors = {
+        function: torch.stack(
+            [(a.double() - e).norm() / e.norm() for a, e in zip(run(function, dtype), exact, strict=True)]
+        )
+        for function in ("dense", name)
+    }
+    assert (errors[name] <= 1.1 * errors["dense"]).all(), errors
 
 
 def test_frozen_tables_and_weights_get_no_gradient(inputs):
@@ -120,14 +249,6 @@ def test_second_forward_before_backward(inputs):
     split.zero_grad()
     output.backward(torch.linspace(-1, 1, output.numel()).view_as(output))
     torch.testing.assert_close(leaf.grad, expected["pixel_values"])
-
-
-def test_second_derivatives_are_refused(inputs):
-    _, split = models()
-    leaf = inputs["pixel_values"].clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(split.eval()(leaf).last_hidden_state.sum(), leaf, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
 
 
 def test_attention_memory_does_not_grow_with_the_scores():
@@ -163,20 +284,6 @@ def test_padding_is_projected_exactly_by_adapters(adapter, load, inputs):
         merged = model.merge_and_unload()
         assert_same_outputs(merged(**inputs), expected, tolerance=1e-4)
         assert_same_outputs(merged.to_sam()(**inputs), expected, tolerance=1e-4)
-
-
-def test_training_recomputes_rather_than_keeps(load, inputs):
-    """Adapters with dropout and MLPs run once more in backward, with the same dropout, unless the layer does."""
-    config = LoraConfig(target_modules=["q", "v"], task_type="FEATURE_EXTRACTION", lora_dropout=0.5)
-    model = get_peft_model(load(), config).train()
-    layer = model.base_model.model.vision_encoder.layers[0]
-    calls = []
-    layer.attn.q.register_forward_hook(lambda *_: calls.append("q"))
-    layer.attn.k.register_forward_hook(lambda *_: calls.append("k"))
-    layer.mlp.register_forward_hook(lambda *_: calls.append("mlp"))
-    pixel_values = inputs["pixel_values"].requires_grad_()
-    model(pixel_values=pixel_values, input_points=inputs["input_points"]).pred_masks.sum().backward()
-    assert sorted(calls) == ["k", "k", "mlp", "q", "q"], "k and q project the padding too"
 
 
 def test_distributed_data_parallel(load, inputs, tmp_path):
@@ -239,35 +346,11 @@ def test_meta_device(inputs):
 
 
 def test_tiles_cover_every_query_once():
-    tiles = importlib.import_module(
-        split_class().__module__.replace("modeling_sam_split", "attention_sam_split")
-    ).tiles
     for shape, tile_bytes in itertools.product([(2, 3, 2, 4, 5, 1), (1, 1, 3, 7, 2, 1)], [1, 90, 700, 4_000, 10**6]):
         seen = torch.zeros(shape)
         num_keys = shape[3] * shape[4]
-        for tile, (room,) in tiles(seen, tile_bytes, torch.float32):
+        for tile, (scores,) in attention_module().tiles(seen, tile_bytes, torch.float32):
             seen[tile] += 1
-            assert room.numel() == seen[tile].numel() * num_keys
-            assert room.numel() * 4 <= max(tile_bytes, num_keys * 4)
+            assert scores.numel() == seen[tile].numel() * num_keys
+            assert scores.numel() * 4 <= max(tile_bytes, num_keys * 4)
         assert (seen == 1).all()
-
-
-def test_changes_between_forward_and_backward_are_refused(load, inputs):
-    """Backward computes parts of the layers again, and would silently get other values."""
-    config = LoraConfig(target_modules=["q", "v"], task_type="FEATURE_EXTRACTION", lora_dropout=0.1)
-    model = get_peft_model(load(), config).train()
-    model.add_adapter("other", config)
-    query = model.base_model.model.vision_encoder.layers[0].attn.q
-    changes = [
-        lambda: model.set_adapter("other"),
-        lambda: query.lora_B["default"].weight.add_(1),
-        lambda: model.eval(),
-        lambda: query.register_forward_hook(lambda *_: None),
-    ]
-    for change in changes:
-        model.train().set_adapter("default")
-        loss = model(pixel_values=inputs["pixel_values"], input_points=inputs["input_points"]).pred_masks.sum()
-        with torch.no_grad():
-            change()
-        with pytest.raises(RuntimeError, match="between forward and backward"):
-            loss.backward()

@@ -13,6 +13,7 @@ from peft import AutoPeftModelForFeatureExtraction, LoraConfig, PeftModel, get_p
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, BitsAndBytesConfig, SamConfig, SamModel
 
+from checkpoint_tools.loading import let_gradients_through_4bit
 from checkpoint_tools.staging import split_class
 
 
@@ -209,11 +210,11 @@ def test_to_sam_refuses_quantized_weights(load):
 
 
 def test_4bit_gradients_after_evaluation(tmp_path):
-    """bitsandbytes packs weights in evaluation on CPUs that have AVX512-BF16, and lets no gradients through these."""
     pytest.importorskip("bitsandbytes")
     stock_model(hidden_size=64).save_pretrained(tmp_path)
     quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
     model = split_class("SamSplitVisionModel").from_pretrained(tmp_path, quantization_config=quantization).eval()
+    let_gradients_through_4bit(model)
     pixel_values = torch.randn(1, 3, 64, 64, requires_grad=True)
     (expected,) = torch.autograd.grad(model(pixel_values).last_hidden_state.sum(), pixel_values)
     with torch.no_grad():
