@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import assert_same_outputs, stock_model
+from conftest import assert_same_outputs, stock_model, tiny_config
 from torch import nn
-from transformers import SamVisionModel
+from transformers import SamModel, SamVisionModel
 
 from staging import split_class
 
@@ -127,6 +127,20 @@ def test_gradient_checkpointing(use_reentrant, inputs):
     assert actual.keys() == expected.keys()
     for name, gradient in expected.items():
         assert torch.allclose(actual[name], gradient, rtol=1e-4, atol=1e-6), name
+
+
+@pytest.mark.parametrize("stock_class", [SamModel, SamVisionModel])
+@pytest.mark.parametrize("part", ["", "vision_config"])
+def test_gradient_checkpointing_by_configuration(part, stock_class):
+    config = tiny_config() if stock_class is SamModel else tiny_config().vision_config
+    getattr(config, part, config).gradient_checkpointing = True
+    models = [split_class(stock_class.__name__.replace("Sam", "SamSplit"))(config), stock_class(config)]
+    ours, expected = (
+        [name for name, module in model.named_modules() if getattr(module, "gradient_checkpointing", False)]
+        for model in models
+    )
+    assert ours == expected != []
+    assert '"gradient_checkpointing"' not in models[0].config.to_json_string()
 
 
 def test_no_fused_parameter_is_ever_allocated(monkeypatch):
