@@ -1,5 +1,11 @@
 """Configuration of SAM with separate query, key and value projections in its vision encoder."""
 
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig, SamConfig, SamVisionConfig
@@ -63,10 +69,27 @@ class SamSplitConfigMixin:
             )
         return config_dict
 
-    def save_pretrained(self, *args, **kwargs) -> Any:
-        """As in `PreTrainedConfig`, with the version of this code."""
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Does nothing: transformers would copy the code over its older copy, and leave half a file when killed."""
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> Any:
+        """As in `PreTrainedConfig`, with the code that loads it and its version."""
         self.sam_split_version = SAM_SPLIT_VERSION
-        return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+        self.auto_map = {
+            "AutoConfig": f"configuration_sam_split.{type(self).__name__}",
+            **getattr(self, "auto_map", {}),
+        }
+        os.makedirs(save_directory, exist_ok=True)
+        for file in Path(__file__).parent.glob("*_sam_split.py"):
+            with written_whole(Path(save_directory, file.name)) as copy:
+                shutil.copyfile(file, copy)
+        return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+
+    def to_json_file(self, json_file_path: str | os.PathLike, *args, **kwargs) -> None:
+        """As in `PreTrainedConfig`."""
+        with written_whole(Path(json_file_path)) as file:
+            super().to_json_file(file, *args, **kwargs)  # type: ignore[misc]
 
 
 class SamSplitVisionConfig(SamSplitConfigMixin, SamVisionConfig):
@@ -83,7 +106,6 @@ class SamSplitVisionConfig(SamSplitConfigMixin, SamVisionConfig):
     """
 
     model_type = "sam_split_vision_model"
-    _auto_class = "AutoConfig"
     _stock_class = SamVisionConfig
 
     def __init__(self, attention_tile_bytes: int | None = None, **kwargs):
@@ -102,7 +124,7 @@ class SamSplitVisionConfig(SamSplitConfigMixin, SamVisionConfig):
                 "or the last rows and columns of pixels would be ignored."
             )
         beyond = [index for index in self.global_attn_indexes if not 0 <= index < self.num_hidden_layers]
-        if beyond:
+        if beyond and [*self.global_attn_indexes] != [*SamVisionConfig().global_attn_indexes]:  # of a deeper model
             raise ValueError(
                 f"global_attn_indexes={list(self.global_attn_indexes)} names layers {beyond}, but there are only "
                 f"layers 0 to {self.num_hidden_layers - 1}: the model would have fewer global layers than asked for."
@@ -136,7 +158,6 @@ class SamSplitConfig(SamSplitConfigMixin, SamConfig):
     """
 
     model_type = "sam_split"
-    _auto_class = "AutoConfig"  # lets this file travel with every saved configuration
     _stock_class = SamConfig
     sub_configs = {**SamConfig.sub_configs, "vision_config": SamSplitVisionConfig}
     sub_configs_defaults = sub_configs  # the name that later releases give it
@@ -160,6 +181,14 @@ class SamSplitConfig(SamSplitConfigMixin, SamConfig):
     @attention_tile_bytes.setter
     def attention_tile_bytes(self, value: int | None) -> None:
         self.vision_config.attention_tile_bytes = value
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Yields a file to write, which then takes the place of `path` at once: a process may be killed while it writes."""
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
+        yield Path(folder, path.name)
+        Path(folder, path.name).replace(path)
 
 
 def check_types(settings: Any, stock_class: type[PreTrainedConfig]) -> None:

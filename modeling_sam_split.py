@@ -140,9 +140,17 @@ class SamSplitPreTrainedModel(SamPreTrainedModel):
     """Loading, saving and the way back to stock SAM, shared by all models here."""
 
     _no_split_modules = ["SamVisionLayerSplit"]
-    _auto_class = "AutoModel"  # lets the code files travel with every saved model
     _auto_map: dict[str, str]
     _stock_class: type[PreTrainedModel]
+
+    def split_vision_encoder(self, config: SamVisionConfig) -> None:
+        """Replaces the encoder of stock's constructor, which has used up `config.gradient_checkpointing`."""
+        is_checkpointing = any(layer.gradient_checkpointing for layer in self.vision_encoder.layers)
+        self.vision_encoder = SamVisionEncoderSplit(config)
+        if is_checkpointing:
+            self.config.gradient_checkpointing = True
+        self._no_split_modules = type(self)._no_split_modules
+        self.post_init()
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """As in `PreTrainedModel`, for the implementations that the vision encoder has.
@@ -153,6 +161,10 @@ class SamSplitPreTrainedModel(SamPreTrainedModel):
         implementation = super().get_correct_attn_implementation(requested_attention, is_init_check)
         check_attention_implementation(implementation)
         return implementation
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Does nothing: the configuration is saved with all of the code."""
 
     @classmethod
     def _load_pretrained_model(cls, model, state_dict, checkpoint_files, load_config, **kwargs):
@@ -241,8 +253,7 @@ class SamSplitVisionModel(SamSplitPreTrainedModel, SamVisionModel):
 
     def __init__(self, config: SamSplitVisionConfig):
         super().__init__(SamSplitVisionConfig.from_sam(config))
-        self.vision_encoder = SamVisionEncoderSplit(self.config)
-        self.post_init()
+        self.split_vision_encoder(self.config)
 
 
 class SamSplitModel(SamSplitPreTrainedModel, SamModel):
@@ -258,8 +269,7 @@ class SamSplitModel(SamSplitPreTrainedModel, SamModel):
 
     def __init__(self, config: SamSplitConfig):
         super().__init__(SamSplitConfig.from_sam(config))
-        self.vision_encoder = SamVisionEncoderSplit(self.config.vision_config)
-        self.post_init()
+        self.split_vision_encoder(self.config.vision_config)
 
 
 __all__ = ["SamSplitModel", "SamSplitPreTrainedModel", "SamSplitVisionModel", "SamVisionAttentionSplit"]

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import assert_same_outputs, stock_model
+from conftest import assert_same_outputs, stock_model, tiny_config
 from torch import nn
-from transformers import SamVisionModel
+from transformers import SamModel, SamVisionModel
 
 from checkpoint_tools.staging import split_class
 
@@ -138,10 +138,24 @@ def test_no_fused_parameter_stays():
     assert not any("qkv" in name for name, _ in model.named_modules())
 
 
+@pytest.mark.parametrize("stock_class", [SamModel, SamVisionModel])
+@pytest.mark.parametrize("part", ["", "vision_config"])
+def test_gradient_checkpointing_by_configuration(part, stock_class):
+    config = tiny_config() if stock_class is SamModel else tiny_config().vision_config
+    getattr(config, part, config).gradient_checkpointing = True
+    models = [split_class(stock_class.__name__.replace("Sam", "SamSplit"))(config), stock_class(config)]
+    ours, expected = (
+        [name for name, module in model.named_modules() if getattr(module, "gradient_checkpointing", False)]
+        for model in models
+    )
+    assert ours == expected != []
+    assert '"gradient_checkpointing"' not in models[0].config.to_json_string()
+
+
 def test_layers_are_kept_whole_on_one_device(load):
     model = load()
     names = set(model._no_split_modules)
-    assert names >= {type(layer).__name__ for layer in model.vision_encoder.layers}
+    assert names == {type(layer).__name__ for layer in model.vision_encoder.layers}
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 48, 48), (1, 3, 64, 48), (1, 3, 72, 72), (1, 1, 64, 64)], ids=str)

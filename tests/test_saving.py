@@ -1,11 +1,14 @@
 """What is saved is always split and loads again by itself; `to_sam()` gives stock SAM back."""
 
 import json
+import os
+import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import assert_holds_weights_of, assert_same_outputs, stock_model
+from conftest import assert_holds_weights_of, assert_same_outputs, run_python, stock_model
 from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -147,11 +150,11 @@ def test_saving_does_not_touch_other_models(split_dir, stock, tmp_path):
     assert all(torch.equal(tensor, stock.state_dict()[name]) for name, tensor in reloaded.state_dict().items())
 
 
-@pytest.mark.parametrize("source", ["stock_dir", "split_dir"])
 @pytest.mark.parametrize("max_shard_size", ["5GB", "20KB"])
-def test_saving_over_the_folder_of_live_models(source, max_shard_size, request, inputs, tmp_path):
+def test_saving_over_the_folder_of_live_models(max_shard_size, split_dir, tmp_path):
     """They are memory-mapped on its files, which must not change under them."""
-    path = shutil.copytree(request.getfixturevalue(source), tmp_path / "model")
+    path = tmp_path / "model"
+    split_class().from_pretrained(split_dir).save_pretrained(path, max_shard_size=max_shard_size)
     model, other = (split_class().from_pretrained(path) for _ in range(2))
     expected = {name: tensor.clone() for name, tensor in other.state_dict().items()}
     with torch.no_grad():
@@ -162,16 +165,112 @@ def test_saving_over_the_folder_of_live_models(source, max_shard_size, request, 
         assert all(torch.equal(tensor, weights[name]) for name, tensor in live.state_dict().items())
     reloaded = AutoModel.from_pretrained(path, trust_remote_code=True)
     assert all(torch.equal(tensor, changed[name]) for name, tensor in reloaded.state_dict().items())
-    assert not [*path.glob(".*")]
 
 
-def test_saving_that_writes_no_weights_keeps_those_there(load, split_dir, stock, inputs, tmp_path, monkeypatch):
+SAVES = [
+    ({}, {"variant": "fp16"}),
+    ({"variant": "fp16"}, {}),
+    ({}, {"max_shard_size": "20KB"}),
+    ({"max_shard_size": "20KB"}, {}),
+    ({"max_shard_size": "20KB"}, {"max_shard_size": "9KB"}),
+    ({"max_shard_size": "20KB", "variant": "fp16"}, {"max_shard_size": "9KB"}),
+]
+
+
+@pytest.mark.parametrize("saves", SAVES, ids=str)
+def test_deletes_what_stock_deletes(saves, load, stock, tmp_path):
+    """That is its own shards of an earlier save, and nothing else."""
+    others = {"model_best.safetensors", "model-ema.safetensors", "pytorch_model.bin"}
+    kept = []
+    for name, model in (("split", load()), ("stock", stock)):
+        path = tmp_path / name
+        (path / "model-x.safetensors").mkdir(parents=True)
+        for other in others:
+            (path / other).write_bytes(b"of the user")
+        model.save_pretrained(path, **saves[0])
+        before = {file.name for file in path.iterdir()}
+        model.save_pretrained(path, **saves[1])
+        gone = before - {file.name for file in path.iterdir()}
+        kept.append({"-of-" in file for file in gone})
+        assert others - gone <= {file.name for file in path.iterdir()}
+        assert all(re.fullmatch(r"model(\.fp16)?-\d{5}-of-\d{5}\.(safetensors|bin)", file) for file in gone)
+    assert kept[0] == kept[1]
+
+
+def test_new_shards_beside_an_older_single_file_are_told_of(load, tmp_path, caplog):
+    """Stock leaves the single file, too, which from_pretrained prefers to the new shards, but says nothing."""
+    model = load()
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        model.vision_encoder.layers[0].attn.q.weight.add_(1)
+    assert not caplog.messages
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert "would load the older" in caplog.text
+    assert "remove it" in caplog.text
+    (tmp_path / "model.safetensors").unlink()
+    assert_holds_weights_of(load(tmp_path), model.to_sam())
+
+
+def test_saved_beside_outdated_pickles(load, split_dir, stock, tmp_path):
+    torch.save({name: torch.zeros_like(tensor) for name, tensor in stock.state_dict().items()}, tmp_path / "p.bin")
+    (tmp_path / "p.bin").rename(tmp_path / "pytorch_model.bin")
+    load().save_pretrained(tmp_path)
+    assert_holds_weights_of(load(tmp_path), stock)
+
+
+def test_fused_state_dict_is_saved_split(load, stock, tmp_path):
+    load().save_pretrained(tmp_path, state_dict=stock.state_dict())
+    assert not any("qkv" in key for key in load_file(tmp_path / "model.safetensors"))
+    assert_holds_weights_of(load(tmp_path), stock)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork, to kill many savers at little cost")
+def test_killed_while_saving(load, tmp_path):
+    """At 40 moments of a save over another: what lies there is the old or the new weights, and loads."""
+    run_python(
+        f"""
+        import os, signal, time
+        import torch
+        from transformers import AutoModel
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
+        torch.set_num_threads(1)
+        model = AutoModel.from_pretrained({str(load().config._name_or_path)!r}, trust_remote_code=True)
+        marked = model.vision_encoder.layers[0].attn.q.bias
+        original = marked.detach().unique()
+        start = time.perf_counter()
+        model.save_pretrained({str(tmp_path)!r})
+        duration = time.perf_counter() - start
+        for attempt in range(40):
+            with torch.no_grad():
+                marked.fill_(attempt + 1)
+            child = os.fork()
+            if child == 0:
+                model.save_pretrained({str(tmp_path)!r})
+                os._exit(0)
+            time.sleep(duration * attempt / 40)
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            saved = AutoModel.from_pretrained({str(tmp_path)!r}, trust_remote_code=True)
+            value = saved.vision_encoder.layers[0].attn.q.bias.unique()
+            assert torch.equal(value, original) or len(value) == 1, value
+        """
+    )
+
+
+def test_two_savers_at_once(load, stock, tmp_path):
+    models = [load() for _ in range(2)]
+    with ThreadPoolExecutor() as pool:
+        for _ in range(6):
+            list(pool.map(lambda model: model.save_pretrained(tmp_path), models))
+            assert_holds_weights_of(load(tmp_path), stock)
+
+
+def test_saving_an_adapter_keeps_the_weights_there(load, split_dir, stock, tmp_path):
     path = shutil.copytree(split_dir, tmp_path / "model")
     model = load(path)
-    monkeypatch.setattr(type(model), "state_dict", lambda self: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        model.save_pretrained(path)
-    monkeypatch.undo()
     model.add_adapter(LoraConfig(target_modules=["q", "v"]))
     model.save_pretrained(path)
     assert (path / "adapter_model.safetensors").exists()
