@@ -211,8 +211,8 @@ def assert_same_outputs(actual, expected, tolerance: float = 1e-5) -> None:
                 assert actual_tensor is None, name
                 continue
             assert actual_tensor.shape == expected_tensor.shape, name
-            error = (actual_tensor.float() - expected_tensor.float()).abs().max()
-            assert error <= tolerance * expected_tensor.float().abs().max(), f"{name}: {error}"
+            error = (actual_tensor.double() - expected_tensor.double()).abs().max()
+            assert error <= tolerance * expected_tensor.double().abs().max(), f"{name}: {error}"
 
 
 def assert_holds_weights_of(split: nn.Module, stock: nn.Module, dtype: torch.dtype = torch.float32) -> None:

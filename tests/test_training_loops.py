@@ -1,0 +1,419 @@
+"""Whatever a training loop does around the model, gradients are those of stock SAM, or there is an error.
+
+A loop is a function of a model and inputs that returns tensors, and runs with stock SAM and with ours. What LoRA does on q
+and v, which stock cannot have, is compared with the chain rule on stock, or with the same step undisturbed.
+"""
+
+import contextlib
+import copy
+import os
+import pickle
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from conftest import TINY, assert_same_outputs, randomize, stock_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.helpers import rescale_adapter_scale
+from torch import nn
+from torch.func import functional_call
+from torch.nn.utils import parametrizations, parametrize
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModel, SamModel
+
+
+Tensors = dict[str, torch.Tensor]
+Loop = Callable[[nn.Module, Tensors], Tensors]
+EXACT = 1e-10  # in double precision, where all loops run
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q", "v"], "task_type": "FEATURE_EXTRACTION"}
+
+
+@pytest.fixture(params=["tiled", "folded"])
+def path(request, monkeypatch) -> str:
+    """The path that attention takes, on this device or another."""
+    models = [name for name in sys.modules if name.endswith("attention_sam_split")]
+    for name in models:
+        monkeypatch.setattr(sys.modules[name], "attention_path", lambda query: request.param)
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def models(stock, split_dir) -> tuple[SamModel, nn.Module]:
+    """Stock SAM and ours with the same weights, in training mode. Shared: tests take copies."""
+    split = AutoModel.from_pretrained(split_dir, trust_remote_code=True)
+    return copy.deepcopy(stock).double().train(), split.double().train()
+
+
+@pytest.fixture
+def stock_twin(models) -> SamModel:
+    return copy.deepcopy(models[0])
+
+
+@pytest.fixture
+def split(models) -> nn.Module:
+    return copy.deepcopy(models[1])
+
+
+@pytest.fixture
+def inputs(inputs) -> Tensors:
+    return {name: tensor.double() for name, tensor in inputs.items()}
+
+
+def loss(outputs) -> torch.Tensor:
+    """Weighs all outputs differently."""
+    return sum(
+        (output * torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)).sum()
+        for output in (outputs.pred_masks, outputs.iou_scores)
+    )
+
+
+def joined(tensors: Tensors) -> Tensors:
+    """Those of q, k and v as one, as stock's qkv has them. A bias of keys alone has none but noise."""
+    found = {name: tensor for name, tensor in tensors.items() if not name.endswith("k_proj.bias")}
+    for name in [name for name in found if ".attn.q." in name and "lora" not in name]:
+        parts = [found.pop(name.replace(".q.", f".{part}.")) for part in "qkv"]
+        found[name.replace(".q.", ".qkv.")] = torch.cat(parts)
+    return found
+
+
+def gradients(parameters: dict[str, nn.Parameter]) -> Tensors:
+    found = {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
+    assert any(".attn." in name or ".mlp." in name for name in found)
+    return joined(found)
+
+
+def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
+    return dict(model.named_parameters())
+
+
+def other_weights(model: nn.Module, seed: int = 5) -> Tensors:
+    """A state dict for `model`, the same for stock and ours."""
+    stock = randomize(SamModel(model.config if isinstance(model, SamModel) else stock_model().config), seed).double()
+    weights = stock.state_dict()
+    if "vision_encoder.layers.0.attn.q.weight" in model.state_dict():
+        for name in [name for name in weights if ".qkv." in name]:
+            parts = weights.pop(name).chunk(3)
+            weights.update({name.replace(".qkv.", f".{p}."): w.clone() for p, w in zip("qkv", parts, strict=True)})
+    return weights
+
+
+def disturbed(between: Callable[[nn.Module], object]) -> Loop:
+    """A loop that calls `between` with the model, between forward and backward."""
+
+    def loop(model: nn.Module, inputs: Tensors) -> Tensors:
+        parameters = parameters_of(model)
+        outputs = model(**inputs)
+        between(model)
+        loss(outputs).backward()
+        return {"output": outputs.pred_masks.detach(), **gradients(parameters)}
+
+    return loop
+
+
+def around(context: Callable[[nn.Module], contextlib.AbstractContextManager]) -> Loop:
+    """A loop with forward and backward within a context."""
+
+    def loop(model: nn.Module, inputs: Tensors) -> Tensors:
+        with context(model):
+            return plain(model, inputs)
+
+    return loop
+
+
+plain = disturbed(lambda model: None)
+
+
+def replace_weights(model: nn.Module) -> None:
+    weights = other_weights(model)
+    for name in list(parameters_of(model)):
+        module, _, parameter = name.rpartition(".")
+        setattr(model.get_submodule(module), parameter, nn.Parameter(weights[name]))
+
+
+def replace_data(model: nn.Module) -> None:
+    weights = other_weights(model)
+    for name, parameter in model.named_parameters():
+        if "norm" not in name:  # which keep their weight itself for backward, on stock as well
+            parameter.data = weights[name]
+
+
+def overwrite(model: nn.Module) -> None:
+    """Changes weights in place, which backward must notice."""
+    model.load_state_dict(other_weights(model))
+
+
+def add_hooks(model: nn.Module) -> None:
+    for module in model.modules():
+        module.register_forward_pre_hook(lambda module, args: None)
+        module.register_forward_hook(lambda module, args, output: None)
+
+
+def toggle(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if ".mlp." in name or ".0.attn." in name:
+            parameter.requires_grad_(False)
+
+
+def toggle_and_back(model: nn.Module) -> None:
+    model.requires_grad_(False)
+    model.requires_grad_(True)
+
+
+def other_dtype(model: nn.Module) -> None:
+    model.float()
+    model.double()
+
+
+def copied(model: nn.Module) -> None:
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        randomize(other)
+        other.zero_grad()
+
+
+def other_forward(model: nn.Module) -> None:
+    image = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        model(pixel_values=image)
+    model.eval()
+    loss(model(pixel_values=image))
+    model.train()
+
+
+def functional(model: nn.Module, inputs: Tensors) -> Tensors:
+    """Other weights than the model's own, through `functional_call`."""
+    others = other_weights(model)
+    weights = {name: nn.Parameter(others[name]) for name in parameters_of(model)}
+    outputs = functional_call(model, weights, kwargs=inputs)
+    loss(outputs).backward()
+    return {"output": outputs.pred_masks.detach(), **gradients(weights)}
+
+
+def optimizer_in_backward(model: nn.Module, inputs: Tensors) -> Tensors:
+    """Each weight is changed as soon as its gradient is there."""
+    rate = 1e-3
+    seen = {}
+    for name, parameter in parameters_of(model).items():
+        optimizer = torch.optim.SGD([parameter], rate, momentum=0.9)
+
+        def step(parameter: nn.Parameter, name: str = name, optimizer: torch.optim.Optimizer = optimizer) -> None:
+            seen[name] = parameter.grad.clone()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        parameter.register_post_accumulate_grad_hook(step)
+    for _ in range(2):
+        loss(model(**inputs)).backward()
+    return joined(seen | {f"{name} after": weight.detach() for name, weight in parameters_of(model).items()})
+
+
+def hidden_states_between(model: nn.Module, inputs: Tensors) -> Tensors:
+    """The first such call makes transformers install hooks."""
+    outputs = model(**inputs)
+    hidden_states = model(**inputs, output_hidden_states=True).vision_hidden_states
+    loss(outputs).backward()
+    return {"hidden_states": torch.stack(hidden_states[:3]).detach(), **gradients(parameters_of(model))}
+
+
+def accumulation(model: nn.Module, inputs: Tensors) -> Tensors:
+    """Of four losses, two of which are still open when the others go backward."""
+    losses = [loss(model(inputs["pixel_values"] * scale, input_points=inputs["input_points"])) for scale in (1, 2, 3)]
+    losses[1].backward()
+    (losses[0] + losses[2]).backward()
+    loss(model(inputs["pixel_values"].flip(0), input_points=inputs["input_points"])).backward()
+    return gradients(parameters_of(model))
+
+
+def backward_twice(model: nn.Module, inputs: Tensors) -> Tensors:
+    outputs = model(**inputs)
+    loss(outputs).backward(retain_graph=True)
+    (2 * loss(outputs)).backward()
+    return gradients(parameters_of(model))
+
+
+def some_gradients(model: nn.Module, inputs: Tensors) -> Tensors:
+    """Of the image, and of the tables alone."""
+    image = inputs["pixel_values"].clone().requires_grad_()
+    chosen = {name: parameter for name, parameter in model.named_parameters() if "rel_pos" in name}
+    found = torch.autograd.grad(loss(model(**{**inputs, "pixel_values": image})), [image, *chosen.values()])
+    return dict(zip(["image", *chosen], found, strict=True))
+
+
+def frozen(model: nn.Module, inputs: Tensors) -> Tensors:
+    """All but the image, and the tables of one layer."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("layers.1.attn.rel_pos" in name)
+    return some_gradients_of_unfrozen(model, inputs)
+
+
+def some_gradients_of_unfrozen(model: nn.Module, inputs: Tensors) -> Tensors:
+    image = inputs["pixel_values"].clone().requires_grad_()
+    loss(model(**{**inputs, "pixel_values": image})).backward()
+    return {"image": image.grad, **gradients(parameters_of(model))}
+
+
+def whole_encoder_checkpointed(model: nn.Module, inputs: Tensors, use_reentrant: bool = False) -> Tensors:
+    image = inputs["pixel_values"].clone().requires_grad_()
+    embeddings = checkpoint(lambda image: model.vision_encoder(image)[0], image, use_reentrant=use_reentrant)
+    loss(model(image_embeddings=embeddings, input_points=inputs["input_points"])).backward()
+    return {"image": image.grad, **gradients(parameters_of(model))}
+
+
+def whole_encoder_checkpointed_reentrant(model: nn.Module, inputs: Tensors) -> Tensors:
+    return whole_encoder_checkpointed(model, inputs, use_reentrant=True)
+
+
+def backward_hooks(model: nn.Module, inputs: Tensors) -> Tensors:
+    """What they see, and what they change."""
+    seen = {}
+
+    def hook(name: str) -> Callable:
+        def look(module, grad_input, grad_output):
+            seen[f"{name} in"], seen[f"{name} out"] = grad_input[0].clone(), grad_output[0].clone()
+            return (grad_input[0] * 2, *grad_input[1:])
+
+        return look
+
+    for name, module in model.named_modules():
+        if name.endswith(("lin2", "neck.conv1", ".proj", ".1", "layer_norm1")) and "vision_encoder.layers" in name:
+            module.register_full_backward_hook(hook(name))
+    found = plain(model, inputs)
+    assert len(seen) == 2 * (3 + 1 + 3 + 3)
+    # stock projects the windows one by one, and with their padding
+    return found | {name: tensor for name, tensor in seen.items() if ".attn.proj" not in name}
+
+
+def tied_layers(model: nn.Module, inputs: Tensors) -> Tensors:
+    layers = model.vision_encoder.layers
+    layers[2].attn = layers[0].attn
+    layers[2].mlp.lin1.weight = layers[1].mlp.lin1.weight
+    return plain(model, inputs)
+
+
+def ema_swap(model: nn.Module, inputs: Tensors) -> Tensors:
+    """Weights exchanged with their averages between forward and backward, and back again."""
+    average = torch.optim.swa_utils.AveragedModel(
+        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9), use_buffers=True
+    )
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    for _ in range(2):
+        loss(model(**inputs)).backward()
+        optimizer.step()
+        average.update_parameters(model)
+        optimizer.zero_grad()
+    parameters = parameters_of(model)
+    outputs = model(**inputs)
+    for mine, averaged in zip(model.parameters(), average.module.parameters(), strict=True):
+        mine.data, averaged.data = averaged.data, mine.data
+    with torch.no_grad():
+        averaged_masks = model.eval()(**inputs).pred_masks
+    for mine, averaged in zip(model.parameters(), average.module.parameters(), strict=True):
+        mine.data, averaged.data = averaged.data, mine.data
+    loss(outputs).backward()
+    return {"averaged": averaged_masks, "output": outputs.pred_masks.detach(), **gradients(parameters)}
+
+
+def from_threads(model: nn.Module, inputs: Tensors) -> Tensors:
+    """Two at once on the same weights, as `DataParallel` and Hogwild run them."""
+    found: dict[int, Tensors] = {}
+
+    def run(index: int) -> None:
+        parameters = parameters_of(model)
+        outputs = model(**{name: tensor[index : index + 1] for name, tensor in inputs.items()})
+        grads = torch.autograd.grad(loss(outputs), list(parameters.values()), allow_unused=True)
+        named = dict(zip(parameters, grads, strict=True)).items()
+        found[index] = joined({name: grad for name, grad in named if grad is not None})
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return {f"{name} of {index}": tensor for index, tensors in found.items() for name, tensor in tensors.items()}
+
+
+def replicas(model: nn.Module, inputs: Tensors) -> Tensors:
+    """As `torch.nn.parallel.replicate` makes them, which itself asks for GPUs: copies whose weights are no leaves."""
+
+    def replicate(module: nn.Module) -> nn.Module:
+        replica = module._replicate_for_data_parallel()
+        for name, child in module.named_children():
+            replica._modules[name] = replicate(child)
+        for name, parameter in module._parameters.items():
+            setattr(replica, name, None if parameter is None else parameter.clone())
+        return replica
+
+    total = sum(
+        loss(replicate(model)(**{name: tensor[index : index + 1] for name, tensor in inputs.items()}))
+        for index in range(2)
+    )
+    total.backward()
+    return gradients(parameters_of(model))
+
+
+@contextlib.contextmanager
+def normed_weights(model: nn.Module) -> Iterator[None]:
+    """Parametrizations, kept in a cache during the step."""
+    for layer in model.vision_encoder.layers:
+        parametrizations.weight_norm(layer.mlp.lin1)
+        parametrizations.weight_norm(layer.attn.proj)
+    with parametrize.cached():
+        yield
+
+
+@contextlib.contextmanager
+def saved_elsewhere(model: nn.Module) -> Iterator[None]:
+    """All that backward needs goes through hooks, as with `save_on_cpu`."""
+    packed = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        packed.append(tensor.shape)
+        return tensor.clone()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield
+    assert packed
+
+
+LOOPS: dict[str, Loop] = {
+    "plain": plain,
+    "functional_call": functional,
+    "load_state_dict(assign=True)": disturbed(lambda m: m.load_state_dict(other_weights(m), assign=True)),
+    "weights replaced": disturbed(replace_weights),
+    "weight.data replaced": disturbed(replace_data),
+    "optimizer in backward": optimizer_in_backward,
+    "output_hidden_states in between": hidden_states_between,
+    "requires_grad off": disturbed(toggle),
+    "requires_grad off and on": disturbed(toggle_and_back),
+    "eval in between": disturbed(nn.Module.eval),
+    "no-op hooks in between": disturbed(add_hooks),
+    "other dtype and back": disturbed(other_dtype),
+    "copies in between": disturbed(copied),
+    "other forwards in between": disturbed(other_forward),
+    "other implementation in between": disturbed(lambda model: model.set_attn_implementation("eager")),
+    "zero_grad in between": disturbed(nn.Module.zero_grad),
+    "accumulation": accumulation,
+    "backward twice": backward_twice,
+    "some gradients": some_gradients,
+    "frozen but for tables": frozen,
+    "checkpoint around the encoder": whole_encoder_checkpointed,
+    "reentrant checkpoint around the encoder": whole_encoder_checkpointed_reentrant,
+    "backward hooks": backward_hooks,
+    "tied layers": tied_layers,
+    "EMA swap": ema_swap,
+    "threads": from_threads,
+    "replicas": replicas,
+    "weight_norm, cached": around(normed_weights),
+    "saved_tensors_hooks": around(saved_elsewhere),
+    "save_on_cpu": around(lambda model: torch.autograd.graph.save_on_cpu()),
+    "detect_anomaly": around(lambda model: torch.autograd.detect_anomaly(check_nan=True)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled:UserWarning")
+@pytest.mark.parametrize("name", LOOPS)
+def test_equals_stock(name, split, stock_twin, path, inputs):
+    expected = LOOPS[name](stock_twin, inputs)
+    assert_same_outputs(LOOPS[name](split, inputs), expected, EXACT)
