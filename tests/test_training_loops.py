@@ -1,7 +1,7 @@
 """Whatever a training loop does around the model, gradients are those of stock SAM, or there is an error.
 
-A loop is a function of a model and inputs that returns tensors, and runs with stock SAM and with ours. What LoRA does on
-q and v, which stock cannot have, is compared with the chain rule on stock, or with the same step undisturbed.
+A loop is a function of a model and inputs that returns tensors, and runs with stock SAM and with ours. What LoRA does
+on q and v, which stock cannot have, is compared with the chain rule on stock, or with the same step undisturbed.
 """
 
 import contextlib
@@ -808,7 +808,7 @@ TRANSFORMS["folded"] = dict.fromkeys(TRANSFORMS["tiled"], RIGHT)
 
 @pytest.mark.filterwarnings(
     "ignore:There is a performance drop:UserWarning",  # vmap, of what it must loop over
-    "ignore:`torch.jit.script` is deprecated:DeprecationWarning",  # which forward mode uses itself
+    "ignore:`torch.jit.script` is deprecated",  # which forward mode uses itself
 )
 @pytest.mark.parametrize("transform", TRANSFORMS["tiled"], ids=lambda function: function.__name__)
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
