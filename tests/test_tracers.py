@@ -67,13 +67,13 @@ def small_dir(tmp_path_factory) -> str:
 
 
 @pytest.fixture
-def small(small_dir, monkeypatch) -> Callable[[str], nn.Module]:
+def small(small_dir, monkeypatch) -> Callable[..., nn.Module]:
     """The small model on one of `PATHS`, or with an implementation."""
 
-    def load(path: str) -> nn.Module:
+    def load(path: str, tile_bytes: int | None = 4_000) -> nn.Module:
         implementation = path if path in IMPLEMENTATIONS else "sdpa"
         model = AutoModel.from_pretrained(
-            small_dir, trust_remote_code=True, attn_implementation=implementation, attention_tile_bytes=4_000
+            small_dir, trust_remote_code=True, attn_implementation=implementation, attention_tile_bytes=tile_bytes
         )
         if path not in IMPLEMENTATIONS:
             module = sys.modules[type(model).__module__.replace("modeling_sam_split", "attention_sam_split")]
@@ -118,9 +118,12 @@ def but_noise(grads: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
-def test_jit_trace(train, implementation, small, tmp_path):
+def test_jit_trace(train, implementation, small, tmp_path, monkeypatch):
     """Saved, loaded, and run with other images."""
     model = Masks(small(implementation)).train(train)
+    for kind in {type(module) for module in model.modules()}:
+        if kind.__module__.startswith("transformers_modules."):  # and a commit, which often begins with a digit
+            monkeypatch.setattr(kind, "__module__", "transformers_modules.sam.0123abcd.modeling_sam_split")
     with torch.no_grad():
         torch.jit.save(torch.jit.trace(model, image_and_points(0), check_trace=False), tmp_path / "model.pt")
         loaded = torch.jit.load(tmp_path / "model.pt")
@@ -170,10 +173,9 @@ def test_onnx_export_of_the_whole_model(implementation, small, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects:UserWarning")  # transformers' own
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
-def test_strict_export(train, implementation, small):
+def test_strict_export_in_training_mode(implementation, small):
     """With a batch size that is free."""
-    model = Embeddings(small(implementation)).train(train)
+    model = Embeddings(small(implementation)).train()
     shapes = ({0: torch.export.Dim("batch")},)
     exported = torch.export.export(model, (images(0),), dynamic_shapes=shapes, strict=True).module()
     with torch.no_grad():
@@ -181,32 +183,36 @@ def test_strict_export(train, implementation, small):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
-def test_export_takes_the_model_itself(train, implementation, small):
+def test_export_takes_the_model_itself(implementation, small):
     """With keywords, and gives what it gives."""
-    model = small(implementation).train(train)
+    model = small(implementation)
     inputs, others = (
         dict(zip(("pixel_values", "input_points"), image_and_points(seed, number), strict=True))
         for seed, number in ((0, 2), (1, 3))
     )
-    shapes = dict.fromkeys(inputs, {0: torch.export.Dim("batch")})
+    shapes = {name: {0: torch.export.Dim("batch")} for name in inputs}
     exported = torch.export.export(model, (), inputs, dynamic_shapes=shapes, strict=False).module()
     with torch.no_grad():
         assert_same_outputs(exported(**others), model(**others))
 
 
-@pytest.mark.parametrize(
-    "path, dynamic", [(path, None) for path in PATHS] + [("tiled", True), ("folded", True)], ids=str
-)
-@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
-def test_compile(train, dynamic, path, small):
-    """As one graph, and where shapes are free with another batch size."""
-    model = layers(small(path)).train(train)
+@pytest.mark.parametrize("path", PATHS)
+def test_compile(path, small):
+    """In training, as one graph."""
+    model = layers(small(path)).train()
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=dynamic)
-    for seed, number in ((0, 2), (1, 3 if dynamic else 2)):
-        expected = outputs_and_gradients(model, model, hidden_states(seed, number))
-        assert_same_outputs(outputs_and_gradients(model, compiled, hidden_states(seed, number)), expected)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    expected = outputs_and_gradients(model, model, hidden_states(1))
+    assert_same_outputs(outputs_and_gradients(model, compiled, hidden_states(1)), expected)
+
+
+def test_compile_with_free_shapes(small):
+    """In training."""
+    model = layers(small("tiled", tile_bytes=None)).train()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+    expected = outputs_and_gradients(model, model, hidden_states(1))
+    assert_same_outputs(outputs_and_gradients(model, compiled, hidden_states(1)), expected)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -219,8 +225,7 @@ def test_compile_of_the_encoder(path, small):
         assert_same([compiled(images(1))], [model(images(1))])
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("tracing_mode", ["real", "fake", "symbolic"])
+@pytest.mark.parametrize("tracing_mode, path", [("real", path) for path in PATHS] + [("symbolic", "tiled")])
 def test_make_fx(tracing_mode, path, small):
     """Of output and gradients together."""
     model = layers(small(path)).train()
