@@ -122,14 +122,6 @@ def test_second_forward_before_backward(inputs):
     torch.testing.assert_close(leaf.grad, expected["pixel_values"])
 
 
-def test_second_derivatives_are_refused(inputs):
-    _, split = models()
-    leaf = inputs["pixel_values"].clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(split.eval()(leaf).last_hidden_state.sum(), leaf, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
-
-
 def test_attention_memory_does_not_grow_with_the_scores():
     """The largest tensor made in forward and backward is of the size of the tokens, not of their square."""
     _, split = models(window_size=0, image_size=256, attention_tile_bytes=2**16)
@@ -165,20 +157,6 @@ def test_padding_is_projected_exactly_by_adapters(adapter, load, inputs):
         assert_same_outputs(merged.to_sam()(**inputs), expected, tolerance=1e-4)
 
 
-def test_training_recomputes_rather_than_keeps(load, inputs):
-    """Adapters with dropout and MLPs run once more in backward, with the same dropout, unless the layer does."""
-    config = LoraConfig(target_modules=["q", "v"], task_type="FEATURE_EXTRACTION", lora_dropout=0.5)
-    model = get_peft_model(load(), config).train()
-    layer = model.base_model.model.vision_encoder.layers[0]
-    calls = []
-    layer.attn.q.register_forward_hook(lambda *_: calls.append("q"))
-    layer.attn.k.register_forward_hook(lambda *_: calls.append("k"))
-    layer.mlp.register_forward_hook(lambda *_: calls.append("mlp"))
-    pixel_values = inputs["pixel_values"].requires_grad_()
-    model(pixel_values=pixel_values, input_points=inputs["input_points"]).pred_masks.sum().backward()
-    assert sorted(calls) == ["k", "k", "mlp", "q", "q"], "k and q project the padding too"
-
-
 def test_distributed_data_parallel(load, inputs, tmp_path):
     model = load().train()
 
@@ -195,32 +173,6 @@ def test_distributed_data_parallel(load, inputs, tmp_path):
         torch.distributed.destroy_process_group()
     assert any("attn.q.weight" in name for name in expected)
     assert_same_outputs(actual, expected)
-
-
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch.compile does it
-@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
-def test_compiles_as_one_graph(train, inputs):
-    _, split = models(attention_tile_bytes=8_000)
-    split.train(train)
-    expected = outputs_and_gradients(split, inputs["pixel_values"])
-    compiled = torch.compile(split, backend="aot_eager", fullgraph=True)
-    leaf = inputs["pixel_values"].clone().requires_grad_()
-    output = compiled(leaf).last_hidden_state
-    output.backward(torch.linspace(-1, 1, output.numel()).view_as(output))
-    torch.testing.assert_close(output, expected["output"])
-    torch.testing.assert_close(leaf.grad, expected["pixel_values"])
-
-
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic batch"])
-def test_exports(dynamic, load, inputs):
-    model = load()
-    batch = {0: torch.export.Dim("batch")} if dynamic else None
-    shapes = dict.fromkeys(inputs, batch) if dynamic else None
-    exported = torch.export.export(model, (), dict(inputs), dynamic_shapes=shapes, strict=False).module()
-    assert_same_outputs(exported(**inputs), model(**inputs))
-    encoder = model.vision_encoder
-    exported = torch.export.export(encoder, (inputs["pixel_values"],), strict=False).module()
-    assert_same_outputs(exported(inputs["pixel_values"]), encoder(inputs["pixel_values"]))
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
@@ -250,24 +202,3 @@ def test_tiles_cover_every_query_once():
             assert room.numel() == seen[tile].numel() * num_keys
             assert room.numel() * 4 <= max(tile_bytes, num_keys * 4)
         assert (seen == 1).all()
-
-
-def test_changes_between_forward_and_backward_are_refused(load, inputs):
-    """Backward computes parts of the layers again, and would silently get other values."""
-    config = LoraConfig(target_modules=["q", "v"], task_type="FEATURE_EXTRACTION", lora_dropout=0.1)
-    model = get_peft_model(load(), config).train()
-    model.add_adapter("other", config)
-    query = model.base_model.model.vision_encoder.layers[0].attn.q
-    changes = [
-        lambda: model.set_adapter("other"),
-        lambda: query.lora_B["default"].weight.add_(1),
-        lambda: model.eval(),
-        lambda: query.register_forward_hook(lambda *_: None),
-    ]
-    for change in changes:
-        model.train().set_adapter("default")
-        loss = model(pixel_values=inputs["pixel_values"], input_points=inputs["input_points"]).pred_masks.sum()
-        with torch.no_grad():
-            change()
-        with pytest.raises(RuntimeError, match="between forward and backward"):
-            loss.backward()
