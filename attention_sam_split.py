@@ -41,9 +41,11 @@ def sdpa_attention(module: Any, qkv: torch.Tensor, tables: Tables | None) -> tup
     # A recorded graph has no use for a long loop, and some recorders lose what is written in place.
     is_recorded = torch.compiler.is_exporting() or torch.jit.is_tracing()
     path = "dense" if tables is None or is_recorded else attention_path(qkv[0])
-    if path == "folded":
+    if tables is not None and path == "folded":
         return folded_attention(qkv, *tables, module.scale, dropout), None
-    if path == "tiled" and not dropout:  # which could not be drawn again, tile by tile, for backward
+    if (
+        tables is not None and path == "tiled" and not dropout
+    ):  # which could not be drawn again, tile by tile, for backward
         tile_bytes = getattr(module.config, "attention_tile_bytes", None) or TILE_BYTES.get(
             qkv.device.type, TILE_BYTES_ELSEWHERE
         )
@@ -171,14 +173,20 @@ class TiledAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         """Returns the gradients of what `forward` took."""
-        return *TiledAttentionBackward.apply(grad_output, *ctx.saved_tensors, ctx.scale, ctx.tile_bytes), None, None
+        try:
+            grads = TiledAttentionBackward.apply(grad_output, *ctx.saved_tensors, ctx.scale, ctx.tile_bytes)
+        except RuntimeError as error:
+            if "atching rule" in str(error):  # of the vmap that is_grads_batched uses
+                TiledAttention.vmap()
+            raise
+        return *grads, None, None
 
     @staticmethod
     def vmap(*_):
         """Raises, as there is no batching rule."""
         raise RuntimeError(
-            "Tiled attention has no second derivatives and no batching rule for vmap (is_grads_batched, jacobian): load "
-            'the model with attn_implementation="eager", or call model.set_attn_implementation("eager").'
+            "Tiled attention has no second derivatives and no batching rule for vmap (is_grads_batched, jacobian): "
+            'load the model with attn_implementation="eager", or call model.set_attn_implementation("eager").'
         )
 
 

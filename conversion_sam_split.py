@@ -69,8 +69,8 @@ def split_state_dict(
     if displaced := sorted(present - own) + [key for key in entries if key.startswith("qkv.")]:
         problems.append(
             f"There is no place for {', '.join(displaced)}: if adapters wrap q, k or v, load the weights before "
-            "adding them; an adapter of the fused qkv does not fit them at all; and qkv_bias in the configuration must "
-            "be the checkpoint's."
+            "adding them; an adapter of the fused qkv does not fit them at all; and qkv_bias in the configuration "
+            "must be the checkpoint's."
         )
     only_biases = present == {key for key in own if key.endswith(".bias")} and "qkv.bias" not in state_dict
     if present and not only_biases and (missing := sorted(own - present)):
@@ -80,7 +80,7 @@ def split_state_dict(
 
 def split_fused(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Splits every `….attn.qkv.…` of a whole model into `….attn.q.…`, `….attn.k.…` and `….attn.v.…`."""
-    split = {}
+    split: dict[str, torch.Tensor] = {}
     for key, tensor in state_dict.items():
         layer, fused, kind = key.rpartition(".attn.qkv.")
         parts = split_q_k_v(tensor) if fused else {}
@@ -179,11 +179,12 @@ class SplitQKV(ConversionOps):
         )
 
 
+# transformers < 5.12: bitsandbytes would quantize the first result only.
 class SplitQKVConverter(WeightConverter):
     """The conversion of fused checkpoints, with each of its results quantized under its own name."""
 
     def convert(self, layer_name: str, **kwargs):
-        """As in `WeightConverter`, which would quantize the first result only."""
+        """As in `WeightConverter`."""
         if self.quantization_operation is not None:
             self.quantization_operation = QuantizeEach(self.quantization_operation)
         return super().convert(layer_name, **kwargs)

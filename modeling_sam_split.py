@@ -5,8 +5,8 @@ three Linears, `q`, `k` and `v`, so that LoRA can target two of them; everything
 fused weights are split on the way in, by `from_pretrained` and by `load_state_dict` alike, and `to_sam()` fuses them
 again.
 
-Classes are named `Sam…Split` where they replace a part of SAM, after `SamVisionAttentionSplit` of the transformers guide
-"Customizing model components", and `SamSplit…` where they are loaded by name.
+Classes are named `Sam…Split` where they replace a part of SAM, as the transformers guide "Customizing model components"
+names `SamVisionAttentionSplit`, and `SamSplit…` where they are loaded by name.
 
 Shapes: B images of rows x columns tokens with C channels. The rest of the letters is in `attention_sam_split.py`.
 """
@@ -27,7 +27,7 @@ from transformers.models.sam.modeling_sam import (
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from .attention_sam_split import ATTENTION_FUNCTIONS
-from .configuration_sam_split import SamSplitConfig, SamSplitVisionConfig, check_attention_implementation
+from .configuration_sam_split import SamSplitConfig, SamSplitVisionConfig
 from .conversion_sam_split import check_loaded, fuse_split, split_fused, split_state_dict
 
 
@@ -41,6 +41,9 @@ class SamVisionAttentionSplit(SamVisionAttention):
         config: The vision encoder's configuration.
         window_size: Side of the window in tokens, 0 for global attention over the whole image.
     """
+
+    # Here and below: torch.jit.load cannot read the module's name, in which a commit may begin with a digit.
+    _jit_override_qualname = "__torch__.sam_split.SamVisionAttentionSplit"
 
     def __init__(self, config: SamVisionConfig, window_size: int):
         super().__init__(config, window_size)
@@ -107,10 +110,10 @@ class SamVisionAttentionSplit(SamVisionAttention):
         qkv = torch.stack([projection(hidden_states) for projection in (self.q, self.k, self.v)])
         if rows % height == 0 and columns % width == 0:
             return qkv
-        zeros = torch.zeros_like(hidden_states[:1, :1, :1])
-        padding = torch.stack([projection(zeros) for projection in (self.q, self.k, self.v)])  # (3, 1, 1, 1, C)
-        sizes = -(-rows // height) * height, -(-columns // width) * width
-        padded = padding.expand(3, batch_size, *sizes, -1).clone()
+        zeros = torch.zeros_like(hidden_states[:, :1, :1])  # of each image, as each may have its own adapter
+        padding = torch.stack([projection(zeros) for projection in (self.q, self.k, self.v)])  # (3, B, 1, 1, C)
+        padded_rows, padded_columns = (rows + height - 1) // height * height, (columns + width - 1) // width * width
+        padded = padding.expand(3, batch_size, padded_rows, padded_columns, -1).clone()
         padded[:, :, :rows, :columns] = qkv
         return padded
 
@@ -124,6 +127,8 @@ class SamVisionAttentionSplit(SamVisionAttention):
 
 class SamVisionLayerSplit(SamVisionLayer):
     """A `SamVisionLayer` with `SamVisionAttentionSplit`, which cuts its windows itself."""
+
+    _jit_override_qualname = "__torch__.sam_split.SamVisionLayerSplit"
 
     def __init__(self, config: SamVisionConfig, window_size: int):
         super().__init__(config, window_size)
@@ -151,16 +156,6 @@ class SamSplitPreTrainedModel(SamPreTrainedModel):
             self.config.gradient_checkpointing = True
         self._no_split_modules = type(self)._no_split_modules
         self.post_init()
-
-    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        """As in `PreTrainedModel`, for the implementations that the vision encoder has.
-
-        Raises:
-            ValueError: If `requested_attention` is none of them.
-        """
-        implementation = super().get_correct_attn_implementation(requested_attention, is_init_check)
-        check_attention_implementation(implementation)
-        return implementation
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
@@ -233,6 +228,8 @@ class SamSplitPreTrainedModel(SamPreTrainedModel):
 class SamVisionEncoderSplit(SamSplitPreTrainedModel, SamVisionEncoder):
     """A `SamVisionEncoder` of `SamVisionLayerSplit`s."""
 
+    _jit_override_qualname = "__torch__.sam_split.SamVisionEncoderSplit"
+
     def __init__(self, config: SamVisionConfig):
         super().__init__(config)
         self.layers = nn.ModuleList(SamVisionLayerSplit(config, layer.window_size) for layer in self.layers)
@@ -242,6 +239,7 @@ class SamVisionEncoderSplit(SamSplitPreTrainedModel, SamVisionEncoder):
 class SamSplitVisionModel(SamSplitPreTrainedModel, SamVisionModel):
     """The vision encoder of SAM, as `SamVisionModel`, with separate `q`, `k` and `v` projections."""
 
+    _jit_override_qualname = "__torch__.sam_split.SamSplitVisionModel"
     config: SamSplitVisionConfig
     _stock_class = SamVisionModel
     _auto_map = {
@@ -259,6 +257,7 @@ class SamSplitVisionModel(SamSplitPreTrainedModel, SamVisionModel):
 class SamSplitModel(SamSplitPreTrainedModel, SamModel):
     """Segment Anything, as `SamModel`, with separate `q`, `k` and `v` projections in the vision encoder."""
 
+    _jit_override_qualname = "__torch__.sam_split.SamSplitModel"
     config: SamSplitConfig
     _stock_class = SamModel
     _auto_map = {

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .measure import SIZES, build_step
 
 
-COLUMNS = {"stock sdpa": ("stock-sdpa", None), "folded": ("folded", None)} | {
+COLUMNS: dict[str, tuple[str, int | None]] = {"stock sdpa": ("stock-sdpa", None), "folded": ("folded", None)} | {
     f"tiles of {megabytes} MB": ("tiled", megabytes * 2**20) for megabytes in (256, 8)
 }
 
@@ -32,7 +32,7 @@ def main() -> None:
     for model in args.models:
         for batch in args.batches:
             cells = [
-                " / ".join(f"{count(*column, task, model, batch):,}" for task in ("encoder", "lora"))
+                " / ".join(f"{count(*column, task=task, model=model, batch=batch):,}" for task in ("encoder", "lora"))
                 for column in COLUMNS.values()
             ]
             print(f"| ViT-{model[0].upper()}, batch {batch} | {' | '.join(cells)} |", flush=True)
