@@ -2,10 +2,10 @@
 
     scores[q, k] = scale * query[q] · key[k] + rel_h[q, row of k] + rel_w[q, column of k]
 
-Shapes: R x S windows (R counts the rows of windows of all images, S those in a row; without windows R is the number of
-images and S is 1) of H x W tokens, in n heads of d channels. In each of the G = R * S * n groups, N = H * W tokens attend
-to each other. `qkv` (3, R, S, n, H, W, d) holds queries, keys and values. The tables (H, H, d) and (W, W, d) hold the
-vector of relative position for each coordinate of a query and of a key.
+Shapes: R x S windows of H x W tokens, in n heads of d channels. R counts the rows of windows of all images, S the
+windows in a row; without windows R is the number of images, and S is 1. In each of the G = R * S * n groups, N = H * W
+tokens attend to each other. `qkv` (3, R, S, n, H, W, d) holds queries, keys and values. The tables (H, H, d) and
+(W, W, d) hold the vector of relative position for each coordinate of a query and of a key.
 """
 
 import itertools
@@ -110,7 +110,7 @@ def folded_attention(
 ) -> torch.Tensor:
     """Returns attention (R, S, n, H, W, d) with the bias folded into head channels, so that kernels need no mask.
 
-        scores[q, k] = [scale * query[q], rel_h[q], rel_w[q]] · [key[k], onehot(row of k), onehot(column of k)]
+    [scale * query[q], rel_h[q], rel_w[q]] · [key[k], onehot(row of k), onehot(column of k)]
 
     Channels are filled up with zeros to what the kernels ask for. All are multiples of 8. Flash takes half precision and
     at most 256 channels; its values are as wide as its keys, and it does not train 193 to 255 on all GPUs.

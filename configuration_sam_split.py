@@ -185,7 +185,7 @@ class SamSplitConfig(SamSplitConfigMixin, SamConfig):
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Yields a file to write, which then takes the place of `path` at once: a process may be killed while it writes."""
+    """Yields a file to write, which then takes the place of `path` at once, as the process may be killed meanwhile."""
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
         yield Path(folder, path.name)
         Path(folder, path.name).replace(path)

@@ -5,8 +5,8 @@ three Linears, `q`, `k` and `v`, so that LoRA can target two of them; everything
 fused weights are split on the way in, by `from_pretrained` and by `load_state_dict` alike, and `to_sam()` fuses them
 again.
 
-Classes are named `Sam…Split` where they replace a part of SAM, as the transformers guide "Customizing model components"
-names `SamVisionAttentionSplit`, and `SamSplit…` where they are loaded by name.
+Classes are named `Sam…Split` where they replace a part of SAM, as `SamVisionAttentionSplit` of the transformers guide
+"Customizing model components", and `SamSplit…` where they are loaded by name.
 
 Shapes: B images of rows x columns tokens with C channels. The rest of the letters is in `attention_sam_split.py`.
 """

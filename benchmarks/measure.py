@@ -75,7 +75,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def build_step(args: argparse.Namespace) -> tuple[Callable[[], None], Any]:
-    """Returns what is measured, the encoder without gradients, or forward and backward of a LoRA step; and the model."""
+    """Returns what is measured, the encoder without gradients or a LoRA step, forward and backward; and the model."""
     parts = {"image_size": args.side, "patch_size": 16}
     config = SamConfig(
         vision_config=SIZES[args.model] | parts,

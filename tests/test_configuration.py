@@ -1,6 +1,7 @@
 """A stock configuration becomes one of ours without a word; settings of broken models are refused."""
 
 import json
+import shutil
 
 import pytest
 from conftest import tiny_config
@@ -93,3 +94,81 @@ def test_each_part_keeps_its_attention(split_dir, load, stock, inputs):
     assert model.config._attn_implementation == "sdpa"
     config.vision_config._attn_implementation = "eager"
     assert type(model)(config).vision_encoder.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize(
+    ("part", "setting", "value"),
+    [
+        ("vision_config", "image_size", [9]),
+        ("vision_config", "image_size", 64.0),
+        ("vision_config", "hidden_size", "28"),
+        ("vision_config", "hidden_size", 0),
+        ("vision_config", "patch_size", 0),
+        ("vision_config", "num_hidden_layers", -1),
+        ("vision_config", "num_attention_heads", True),
+        ("vision_config", "num_attention_heads", None),
+        ("vision_config", "qkv_bias", 1),
+        ("vision_config", "global_attn_indexes", 1),
+        ("vision_config", "global_attn_indexes", ["1"]),
+        ("vision_config", "mlp_dim", "32"),
+        ("vision_config", "layer_norm_eps", "1e-6"),
+        ("vision_config", "attention_tile_bytes", "8MB"),
+        ("vision_config", "attention_tile_bytes", 0),
+        ("prompt_encoder_config", "patch_size", "8"),
+        ("mask_decoder_config", "num_multimask_outputs", [3]),
+    ],
+    ids=str,
+)
+def test_wrongly_typed_settings_are_named(part, setting, value, config_class):
+    settings = tiny_config().to_dict()
+    settings[part][setting] = value
+    with pytest.raises(ValueError, match=f"{setting}="):
+        config_class(**settings)
+
+
+@pytest.mark.parametrize("part", ["vision_config", "prompt_encoder_config", "mask_decoder_config"])
+def test_parts_that_are_no_dictionaries_are_named(part, config_class):
+    with pytest.raises(ValueError, match=f"{part}="):
+        config_class(**{**tiny_config().to_dict(), part: ["no", "dictionary"]})
+
+
+def test_file_that_is_no_configuration(config_class, tmp_path):
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"config\.json is not a model's configuration"):
+        config_class.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("vision_only", [False, True])
+def test_tile_bytes_are_given_on_load_and_not_saved(vision_only, split_dir, load, tmp_path):
+    if vision_only:
+        split_class("SamSplitVisionModel").from_pretrained(split_dir).save_pretrained(tmp_path / "vision")
+    source = tmp_path / "vision" if vision_only else split_dir
+    assert load(source).config.attention_tile_bytes is None
+    model = load(source, attention_tile_bytes=2**20)
+    assert model.config.attention_tile_bytes == model.vision_encoder.config.attention_tile_bytes == 2**20
+    model.save_pretrained(tmp_path / "saved")
+    assert "tile_bytes" not in (tmp_path / "saved" / "config.json").read_text()
+    assert load(tmp_path / "saved").config.attention_tile_bytes is None
+    with pytest.raises(ValueError, match="attention_tile_bytes='8MB'"):
+        load(source, attention_tile_bytes="8MB")
+
+
+def test_old_files_that_hold_tile_bytes_still_load(split_dir, load, tmp_path):
+    """As version 0.1 saved them: they say nothing of the machine that they are loaded on."""
+    path = shutil.copytree(split_dir, tmp_path / "old")
+    config = json.loads((path / "config.json").read_text())
+    config["vision_config"]["attention_tile_bytes"] = 8 * 2**20
+    (path / "config.json").write_text(json.dumps(config))
+    assert load(path).config.vision_config.attention_tile_bytes is None
+
+
+def test_sub_configs_name_our_class(config_class):
+    assert config_class.sub_configs["vision_config"].__name__ == "SamSplitVisionConfig"
+    assert type(config_class().vision_config) is config_class.sub_configs["vision_config"]
+
+
+def test_saved_configuration_names_the_version_of_the_code(config_class, split_dir):
+    code = (ROOT / "configuration_sam_split.py").read_text()
+    version = json.loads((split_dir / "config.json").read_text())["sam_split_version"]
+    assert f'SAM_SPLIT_VERSION = "{version}"' in code
+    assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text().replace("[", "").replace("]", "")
