@@ -442,18 +442,20 @@ def test_gradient_checkpointing(use_reentrant, split, stock_twin, path, inputs):
     assert len(calls) == 2, "it was not on"
 
 
-def test_built_in_inference_mode(models, split_dir, path, inputs):
+def test_built_in_inference_mode(models, path, inputs):
     """In training mode. Such weights cannot be trained, on stock neither."""
-    with torch.inference_mode():
-        split = AutoModel.from_pretrained(split_dir, trust_remote_code=True).double().train()
-        stock = copy.deepcopy(models[0])
-        expected = stock(**inputs).pred_masks
-        torch.testing.assert_close(split(**inputs).pred_masks, expected)
-    with torch.no_grad():
-        torch.testing.assert_close(split(**inputs).pred_masks, expected.clone())
-    for model in (stock, split):
+    expected = models[0](**inputs).pred_masks.detach()
+    for model in models:
+        with torch.inference_mode():
+            built = type(model)(model.config).double().train()
+            built.load_state_dict(model.state_dict())
+        assert all(parameter.is_inference() for parameter in built.parameters())
+        for mode in (torch.inference_mode, torch.no_grad):
+            with mode():
+                torch.testing.assert_close(built(**inputs).pred_masks.clone(), expected)
         with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
-            model(**inputs)
+            built(**inputs)
+        torch.testing.assert_close(built.requires_grad_(False)(**inputs).pred_masks, expected)
 
 
 @pytest.mark.parametrize("forward, backward", [(False, True), (True, False), (True, True)])
@@ -591,6 +593,17 @@ def test_adapters_changed_around_the_forward_alone(context, scale, split, stock_
     assert_same_outputs(actual, chain_rule(model, stock_twin, inputs, scale), EXACT)
 
 
+@pytest.mark.parametrize("context, scale", [(rescale_adapter_scale, 0.5), (doubled_input, 2)], ids=["scale", "hook"])
+def test_adapters_with_dropout_changed_around_the_forward_alone(context, scale, split, path, inputs):
+    """As if they were changed around backward, too."""
+    alone, throughout = (adapted(split, dropout=0.5, target_modules=["q", "v", "lin1"]) for _ in range(2))
+    arguments = (scale,) if context is rescale_adapter_scale else ()
+    actual = adapter_gradients(alone, context=lambda: context(alone, *arguments))(inputs)
+    with context(throughout, *arguments):
+        expected = adapter_gradients(throughout)(inputs)
+    assert_same_outputs(actual, expected, EXACT)
+
+
 ADAPTER_CHANGES = {
     "Dropout.p": lambda model: set_dropout(model, 0.1),
     "scale_layer": scale_layers,
@@ -607,8 +620,9 @@ ADAPTER_CHANGES = {
 
 @pytest.mark.parametrize("change", ADAPTER_CHANGES)
 def test_adapters_changed_between_forward_and_backward(change, split, path, inputs):
-    expected = adapter_gradients(adapted(split, dropout=0.5))(inputs)
-    actual = adapter_gradients(adapted(split, dropout=0.5), between=ADAPTER_CHANGES[change])(inputs)
+    undisturbed, model = (adapted(split, dropout=0.5, target_modules=["q", "v", "lin1"]) for _ in range(2))
+    expected = adapter_gradients(undisturbed)(inputs)
+    actual = adapter_gradients(model, between=ADAPTER_CHANGES[change])(inputs)
     assert_same_outputs(actual, expected, EXACT)
 
 
