@@ -112,7 +112,7 @@ def folded_attention(
 
     [scale * query[q], rel_h[q], rel_w[q]] · [key[k], onehot(row of k), onehot(column of k)]
 
-    Channels are filled up with zeros to what the kernels ask for. All are multiples of 8. Flash takes half precision and
+    Channels are filled up with zeros to what kernels ask for. All are multiples of 8. Flash takes half precision and
     at most 256 channels; its values are as wide as its keys, and it does not train 193 to 255 on all GPUs.
     """
     query, key, value = qkv
