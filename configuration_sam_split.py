@@ -76,10 +76,8 @@ class SamSplitConfigMixin:
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> Any:
         """As in `PreTrainedConfig`, with the code that loads it and its version."""
         self.sam_split_version = SAM_SPLIT_VERSION
-        self.auto_map = {
-            "AutoConfig": f"configuration_sam_split.{type(self).__name__}",
-            **getattr(self, "auto_map", {}),
-        }
+        auto_map = {"AutoConfig": f"configuration_sam_split.{type(self).__name__}", **getattr(self, "auto_map", {})}
+        self.auto_map = {name: path.split("--")[-1] for name, path in auto_map.items()}  # not in the repo it came from
         os.makedirs(save_directory, exist_ok=True)
         for file in Path(__file__).parent.glob("*_sam_split.py"):
             with written_whole(Path(save_directory, file.name)) as copy:

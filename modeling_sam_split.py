@@ -170,7 +170,7 @@ class SamSplitPreTrainedModel(SamPreTrainedModel):
         """
         output = super()._load_pretrained_model(model, state_dict, checkpoint_files, load_config, **kwargs)
         if not model._hf_peft_config_loaded:  # else this loads an adapter
-            loading_info = output[0] if isinstance(output, tuple) else output  # transformers 5.0: not a tuple
+            loading_info = output[0] if isinstance(output, tuple) else output  # transformers < 5.1 returns no tuple
             files = [load_state_dict(file, map_location="meta") for file in checkpoint_files or ()]
             check_loaded(model, loading_info, load_config.ignore_mismatched_sizes, files or [state_dict])
         return output

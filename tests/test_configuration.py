@@ -172,3 +172,14 @@ def test_saved_configuration_names_the_version_of_the_code(config_class, split_d
     version = json.loads((split_dir / "config.json").read_text())["sam_split_version"]
     assert f'SAM_SPLIT_VERSION = "{version}"' in code
     assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text().replace("[", "").replace("]", "")
+
+
+def test_configuration_saved_alone_names_the_code_beside_it(config_class, tmp_path):
+    """And not in the repo on the Hub that it was loaded from, as transformers notes it."""
+    config = config_class(**tiny_config().to_dict())
+    config.auto_map = {"AutoConfig": "user/repo--configuration_sam_split.SamSplitConfig"}
+    config.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == {
+        "AutoConfig": "configuration_sam_split.SamSplitConfig"
+    }
+    assert type(AutoConfig.from_pretrained(tmp_path, trust_remote_code=True)).__name__ == "SamSplitConfig"
