@@ -73,8 +73,13 @@ def attention_path(query: torch.Tensor) -> str:
         return "tiled"
     if torch.version.hip is not None:  # ROCm calls its devices "cuda", too
         return "folded" if is_half and sum(query.shape[3:]) <= 256 else "tiled"
-    has_kernel = query.dtype != torch.bfloat16 or torch.cuda.get_device_capability(query.device) >= (8, 0)
-    return "folded" if has_kernel else "tiled"
+    return "folded" if query.dtype != torch.bfloat16 or takes_bfloat16(query.device) else "tiled"
+
+
+@torch.compiler.assume_constant_result  # torch.compile cannot ask for it within a graph
+def takes_bfloat16(device: torch.device) -> bool:
+    """Returns whether a CUDA device has attention kernels for bf16."""
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def relative_positions(
