@@ -74,7 +74,7 @@ def test_reads_palette_images_as_colours_and_palette_masks_as_labels(tmp_path):
 @pytest.mark.parametrize("suffix", ["png", "tif"])
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 def test_reads_masks(suffix, dtype, tmp_path):
-    labels = np.array([[0, 1, 1], [200, 0, 255]], dtype=dtype) * (dtype == np.uint16 or 1)
+    labels = np.array([[0, 1, 1], [200, 0, np.iinfo(dtype).max]], dtype=dtype)
     path = tmp_path / f"mask.{suffix}"
     tifffile.imwrite(path, labels) if suffix == "tif" else Image.fromarray(labels).save(path)
     np.testing.assert_array_equal(read_mask(path), labels)

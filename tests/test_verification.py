@@ -120,18 +120,18 @@ def exchange_q_and_k(weights: dict) -> None:
         ),
         (
             append("modeling_sam_split.py", "\nimport torch as scipy\nif False:\n    import antigravity, PIL\n"),
-            "imports PIL",
+            "modeling_sam_split.py imports PIL",
         ),
         (
             lambda folder: configure(folder, "auto_map", {**AUTO_MAP, "AutoModelForMaskGeneration": "another.Model"}),
-            "MaskGeneration",
+            "no class of its own for AutoModelForMaskGeneration",
         ),
     ],
 )
 def test_verify_finds(spoil, problem: str, staged_dir: Path, base_dir: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(staged_dir, tmp_path / "spoilt")
     spoil(folder)
-    with pytest.raises(Exception, match=problem):
+    with pytest.raises(ValueError, match=problem):
         verify(str(folder), base_dir)
 
 
@@ -153,5 +153,5 @@ def test_staged_files_are_checked(spoil, problem: str, staged_dir: Path, tmp_pat
 
 def test_no_code_of_pickles_is_run(tmp_path: Path) -> None:
     torch.save(Malicious(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(pickle.UnpicklingError):
+    with pytest.raises(pickle.UnpicklingError, match="exec was not an allowed global"):
         Weights(tmp_path)
