@@ -4,6 +4,7 @@ import copy
 import re
 import shutil
 
+import peft
 import pytest
 import torch
 import transformers
@@ -134,6 +135,15 @@ def test_merge(adapted, inputs, tmp_path, load):
         assert_same_outputs(load(tmp_path)(**inputs), expected)
 
 
+# transformers 5.24 asks add_adapter for peft 0.22, which is not released
+NEEDS_LATER_PEFT = pytest.mark.skipif(
+    version.parse(transformers.__version__) >= version.parse("5.24")
+    and version.parse(peft.__version__) < version.parse("0.22"),
+    reason="model.add_adapter of transformers 5.24 needs peft 0.22",
+)
+
+
+@NEEDS_LATER_PEFT
 def test_add_adapter(load, inputs, tmp_path):
     """Without a `PeftModel` around it; saved, the adapter is an ordinary one."""
     model = load()
