@@ -77,7 +77,10 @@ def test_broken_settings_raise(vision, message, config_class, tmp_path):
     ("implementation", "transformers_message"),
     [
         ("flash_attention_2", "SamSplitModel does not support Flash Attention 2"),
-        ("flex_attention", "SamSplitModel does not support an attention implementation through torch's flex_attention"),
+        (
+            "flex_attention",
+            "SamSplitModel does not support an attention implementation through torch's flex_attention",
+        ),
         ("nonsense", 'Specified `attn_implementation="nonsense"` is not supported'),
     ],
 )

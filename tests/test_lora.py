@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 import transformers
-from conftest import assert_holds_weights_of, assert_same_outputs, randomize, stock_model
+from conftest import NEEDS_ADD_ADAPTER, assert_holds_weights_of, assert_same_outputs, randomize, stock_model
 from packaging import version
 from peft import AutoPeftModelForFeatureExtraction, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -134,6 +134,7 @@ def test_merge(adapted, inputs, tmp_path, load):
         assert_same_outputs(load(tmp_path)(**inputs), expected)
 
 
+@NEEDS_ADD_ADAPTER
 def test_add_adapter(load, inputs, tmp_path):
     """Without a `PeftModel` around it; saved, the adapter is an ordinary one."""
     model = load()

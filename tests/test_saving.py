@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import assert_holds_weights_of, assert_same_outputs, run_python, stock_model
+from conftest import NEEDS_ADD_ADAPTER, assert_holds_weights_of, assert_same_outputs, run_python, stock_model
 from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -225,6 +225,7 @@ def test_fused_state_dict_is_saved_split(load, stock, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork, to kill many savers at little cost")
 def test_killed_while_saving(load, tmp_path):
     """At 40 moments of a save over another: what lies there is the old or the new weights, and loads."""
@@ -268,6 +269,7 @@ def test_two_savers_at_once(load, stock, tmp_path):
             assert_holds_weights_of(load(tmp_path), stock)
 
 
+@NEEDS_ADD_ADAPTER
 def test_saving_an_adapter_keeps_the_weights_there(load, split_dir, stock, tmp_path):
     path = shutil.copytree(split_dir, tmp_path / "model")
     model = load(path)

@@ -196,6 +196,7 @@ def test_export_takes_the_model_itself(implementation, small):
         assert_same_outputs(exported(**others), model(**others))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", PATHS)
 def test_compile(path, small):
     """In training, as one graph."""
@@ -206,6 +207,7 @@ def test_compile(path, small):
     assert_same_outputs(outputs_and_gradients(model, compiled, hidden_states(1)), expected)
 
 
+@pytest.mark.slow
 def test_compile_with_free_shapes(small):
     """In training."""
     model = layers(small("tiled", tile_bytes=None)).train()
