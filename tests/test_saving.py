@@ -225,7 +225,6 @@ def test_fused_state_dict_is_saved_split(load, stock, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork, to kill many savers at little cost")
 def test_killed_while_saving(load, tmp_path):
     """At 40 moments of a save over another: what lies there is the old or the new weights, and loads."""
