@@ -253,7 +253,7 @@ def read_pixels(path: Path, convert_palette: bool) -> np.ndarray:
             image = ImageOps.exif_transpose(file)
             if image.mode == "CMYK" or (convert_palette and image.mode == "P"):
                 image = image.convert("RGB")
-            return np.asarray(image)
+            return np.array(image)  # a copy, as torchvision warns of arrays that are not writable
     except Exception as error:  # the decoders raise whatever they meet
         raise ValueError(f"{path}: cannot be read: {error}") from error
 

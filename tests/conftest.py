@@ -10,6 +10,7 @@ import sys
 import tempfile
 import textwrap
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 
@@ -21,6 +22,9 @@ os.environ["OMP_NUM_THREADS"] = "1"  # threads only slow such tiny models down
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from hub import Hub, serve  # noqa: E402
+from huggingface_hub import constants  # noqa: E402
+from packaging.version import Version  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from torch import nn  # noqa: E402
 from transformers import AutoModel, PreTrainedModel, SamConfig, SamModel, SamProcessor  # noqa: E402
@@ -36,6 +40,10 @@ disable_progress_bar()
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CODE_FILES = {path.name for path in ROOT.glob("*_sam_split.py")}
 MODEL_REPO_FILES = {*CODE_FILES, "README.md", "LICENSE", "config.json", "processor_config.json", "model.safetensors"}
+NEEDS_ADD_ADAPTER = pytest.mark.skipif(
+    Version(version("transformers")) >= Version("5.24") and Version(version("peft")) < Version("0.22"),
+    reason="model.add_adapter of transformers 5.24 needs peft 0.22",
+)
 FIGURES = {"num_parameters": 1234, "num_vision_parameters": 1000, "max_difference": 1.2e-7}  # as verification gives
 
 # Windows that do not divide the grid (so that padding counts), one global layer, heads of 14 channels.
@@ -90,6 +98,22 @@ def logged() -> Iterator[list[str]]:
     logger.addHandler(handler)
     yield messages
     logger.removeHandler(handler)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    """A Hub that this process uses with a token that may write, and an empty cache."""
+    with serve() as server:
+        for name, value in {
+            "ENDPOINT": server.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_XET": True,
+            "HF_HUB_CACHE": str(tmp_path_factory.mktemp("cache")),
+        }.items():
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setenv("HF_TOKEN", "hf_writer")
+        yield server.hub
 
 
 def randomize(model: nn.Module, seed: int = 0) -> nn.Module:

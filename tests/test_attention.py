@@ -99,6 +99,7 @@ def test_grids_that_are_not_square(path, layer, grid, inputs):
     torch.testing.assert_close(split(hidden_states), stock(hidden_states), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_gradcheck():
     qkv = torch.randn(3, 2, 1, 2, 2, 3, 4, dtype=torch.float64, requires_grad=True)
     tables = [torch.randn(size, size, 4, dtype=torch.float64, requires_grad=True) for size in (2, 3)]

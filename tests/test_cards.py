@@ -97,6 +97,7 @@ def test_it_names_only_what_is_in_the_model_repo(folder: Path) -> None:
         assert name in ("*_sam_split.py", "LICENSE", "config.json", "processor_config.json"), name
 
 
+@pytest.mark.slow
 def test_its_code_runs(folder: Path, split_dir: Path) -> None:
     """In order and in one process."""
     text = card_of("someone/sam", folder).text.replace('repo = "user/sam"', f"repo = {str(split_dir)!r}")

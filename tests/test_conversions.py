@@ -314,6 +314,7 @@ def test_command_line(main, tmp_path, capsys):
         assert torch.equal(back[name], tensor)
 
 
+@pytest.mark.slow
 def test_runs_from_anywhere_and_fails_in_one_line(tmp_path):
     """And code in a pickle is not run."""
     torch.save({"model": print}, tmp_path / "sam.pth")

@@ -47,7 +47,7 @@ def test_reads_every_kind_of_image(name, pixels, expected, tmp_path):
     else:
         Image.fromarray(pixels).save(path)
     image = read_image(path)
-    assert image.dtype == np.uint8
+    assert image.dtype == np.uint8 and image.flags.writeable
     if expected.ndim == 2:
         expected = np.dstack([expected] * 3)
     np.testing.assert_array_equal(image, expected)

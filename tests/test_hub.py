@@ -48,6 +48,7 @@ def pushed(server: Server, tmp_path_factory: pytest.TempPathFactory) -> tuple[st
     return output, server.hub.repos["user/sam-tiny-split"].refs["main"]
 
 
+@pytest.mark.slow
 def test_upload(server: Server, pushed: tuple[str, str]) -> None:
     output, commit = pushed
     repo = server.hub.repos["user/sam-tiny-split"]
@@ -60,6 +61,7 @@ def test_upload(server: Server, pushed: tuple[str, str]) -> None:
     assert f"GET /user/sam-tiny-split/resolve/{commit}/model.safetensors" in server.hub.requests, "loaded back"
 
 
+@pytest.mark.slow
 def test_others_load_it(server: Server, pushed: tuple[str, str], tmp_path: Path) -> None:
     """In one process, with a token that may see the private repo; and adapters and merged models the same way."""
     _, commit = pushed

@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
     AutoModel,
     AutoModelForMaskGeneration,
     BertConfig,
@@ -24,7 +25,7 @@ from transformers import (
     pipeline,
 )
 
-from checkpoint_tools.staging import split_class
+from checkpoint_tools.staging import SAM_TINY, split_class
 
 
 @pytest.fixture
@@ -304,6 +305,7 @@ def test_corrupt_file_raises(content, problem, stock_dir, tmp_path):
         split_class().from_pretrained(path)
 
 
+@pytest.mark.slow
 def test_edited_code_is_picked_up_on_reload(split_dir, tmp_path):
     """By the next process as it is, by this one once it has dropped the old code (as the README says)."""
     path = shutil.copytree(split_dir, tmp_path / "edited")
@@ -347,23 +349,44 @@ def test_no_remote_code_without_trust(split_dir):
         AutoModel.from_pretrained(split_dir, trust_remote_code=False)
 
 
-@pytest.mark.parametrize("form", ["split", "adapted", "merged"])
-def test_mask_generation_pipeline(form, split_dir, stock, processor, load, tmp_path):
-    """Up to the removal of duplicate masks, which is torchvision's."""
-    model = str(split_dir)
-    if form != "split":
-        adapted = get_peft_model(load(), LoraConfig(target_modules=["q", "v"], init_lora_weights=False)).eval()
+@pytest.fixture(params=["split", "adapted", "merged"])
+def generators(request, tmp_path) -> list:
+    """The mask generation of sam-tiny, split, and of stock. Masks of random weights hardly depend on attention."""
+    model = split_class().from_pretrained(SAM_TINY)
+    stock = SamModel.from_pretrained(SAM_TINY)
+    if request.param == "split":
+        model.save_pretrained(tmp_path)
+        model = str(tmp_path)
+    else:
+        adapted = get_peft_model(model, LoraConfig(target_modules=["q", "v"], init_lora_weights=False)).eval()
         stock = copy.deepcopy(adapted).merge_and_unload().to_sam()
-        model = adapted.get_base_model() if form == "adapted" else adapted.merge_and_unload()
+        model = adapted.get_base_model() if request.param == "adapted" else adapted.merge_and_unload()
+    options = {"image_processor": AutoImageProcessor.from_pretrained(SAM_TINY)}
+    return [
+        pipeline("mask-generation", model, trust_remote_code=True, **options),
+        pipeline("mask-generation", stock, **options),
+    ]
+
+
+MASK_LIMITS = {"pred_iou_thresh": -100.0, "stability_score_thresh": 0.0, "stability_score_offset": 0.1}
+
+
+def test_mask_generation_pipeline_up_to_duplicates(generators):
+    """Without the removal of duplicate masks, which needs torchvision."""
     image = Image.effect_noise((90, 70), 80).convert("RGB")
-    limits = {"pred_iou_thresh": -100.0, "stability_score_thresh": 0.0, "stability_score_offset": 0.1}
     actual, expected = (
-        next(generator.forward(batch, **limits) for batch in generator.preprocess(image, points_per_batch=8))
-        for generator in (
-            pipeline("mask-generation", model, image_processor=processor.image_processor, trust_remote_code=True),
-            pipeline("mask-generation", model=stock, image_processor=processor.image_processor),
-        )
+        next(generator.forward(batch, **MASK_LIMITS) for batch in generator.preprocess(image, points_per_batch=8))
+        for generator in generators
     )
     assert len(actual["masks"]) == len(expected["masks"]) > 0
     assert all(np.array_equal(*masks) for masks in zip(actual["masks"], expected["masks"], strict=True))
     torch.testing.assert_close(actual["iou_scores"], expected["iou_scores"])
+
+
+def test_mask_generation_pipeline(generators):
+    pytest.importorskip("torchvision", reason="duplicate masks are removed with torchvision")
+    image = Image.effect_noise((90, 70), 80).convert("RGB")
+    actual, expected = (generator(image, points_per_crop=4, **MASK_LIMITS) for generator in generators)
+    assert len(actual["masks"]) == len(expected["masks"]) > 0
+    assert all(np.array_equal(*masks) for masks in zip(actual["masks"], expected["masks"], strict=True))
+    torch.testing.assert_close(actual["scores"], expected["scores"])

@@ -4,11 +4,10 @@ import copy
 import re
 import shutil
 
-import peft
 import pytest
 import torch
 import transformers
-from conftest import assert_holds_weights_of, assert_same_outputs, randomize, stock_model
+from conftest import NEEDS_ADD_ADAPTER, assert_holds_weights_of, assert_same_outputs, randomize, stock_model
 from packaging import version
 from peft import AutoPeftModelForFeatureExtraction, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -135,15 +134,7 @@ def test_merge(adapted, inputs, tmp_path, load):
         assert_same_outputs(load(tmp_path)(**inputs), expected)
 
 
-# transformers 5.24 asks add_adapter for peft 0.22, which is not released
-NEEDS_LATER_PEFT = pytest.mark.skipif(
-    version.parse(transformers.__version__) >= version.parse("5.24")
-    and version.parse(peft.__version__) < version.parse("0.22"),
-    reason="model.add_adapter of transformers 5.24 needs peft 0.22",
-)
-
-
-@NEEDS_LATER_PEFT
+@NEEDS_ADD_ADAPTER
 def test_add_adapter(load, inputs, tmp_path):
     """Without a `PeftModel` around it; saved, the adapter is an ordinary one."""
     model = load()

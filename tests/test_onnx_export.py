@@ -13,6 +13,7 @@ pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
 
+@pytest.mark.slow
 def test_onnx(tmp_path):
     """From a stock folder; a split one is loaded the same way."""
     vision = {**TINY["vision_config"], "num_hidden_layers": 2, "global_attn_indexes": [1]}

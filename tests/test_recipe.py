@@ -14,7 +14,6 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from conftest import assert_same_outputs
-from huggingface_hub import HfApi
 from labelled_images import blocks, save_pair
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -185,6 +184,7 @@ def test_best_checkpoint_is_restored(photos, tmp_path):
     assert all(torch.equal(actual[name], weights[name]) for name in weights)
 
 
+@pytest.mark.slow
 def test_two_processes_and_accumulation_equal_one_with_twice_the_batch(photos, tmp_path):
     """Launched from another folder, on a part of the images without divisors in common."""
     arguments = [*photos, *SMALL_RUN, "--dropout", "0", "--prompt", "mixed"]
@@ -221,6 +221,7 @@ def test_worked_configurations_are_accelerates_own(name, load):
         assert config.fsdp_config["fsdp_transformer_layer_cls_to_wrap"] in load()._no_split_modules
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -243,16 +244,14 @@ def test_other_ways_to_train(arguments, photos, tmp_path, capsys):
         assert "the same masks" in capsys.readouterr().out
 
 
-def test_uploads_the_adapter_and_nothing_else(photos, tmp_path, monkeypatch):
-    uploads = []
-    monkeypatch.setattr(HfApi, "whoami", lambda self: {"name": "someone"})
-    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, exist_ok: uploads.append(repo_id))
-    monkeypatch.setattr(
-        HfApi, "upload_folder", lambda self, repo_id, folder_path: uploads.append(sorted(Path(folder_path).iterdir()))
-    )
-    run(tmp_path / "run", *photos, *SMALL_RUN, "--steps", "1", "--push-to-hub", "some/one")
-    assert uploads[0] == "some/one"
-    assert [path.name for path in uploads[1]] == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # huggingface_hub's own way of sending files
+def test_uploads_the_adapter_and_nothing_else(hub, photos, tmp_path):
+    run(tmp_path / "run", *photos, *SMALL_RUN, "--steps", "1", "--push-to-hub", "user/adapter")
+    adapter = tmp_path / "run" / "adapter"
+    uploaded = hub.repos["user/adapter"].files()
+    assert uploaded.pop(".gitattributes")
+    assert uploaded == {path.name: path.read_bytes() for path in adapter.iterdir()}
+    assert uploaded.keys() == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
 
 
 def test_upload_without_login_is_refused_before_training(photos, tmp_path):
@@ -301,6 +300,7 @@ def test_help(capsys):
     assert "accelerate launch" in text and "--last-layers N" in text
 
 
+@pytest.mark.slow
 def test_coins_are_learnt(tmp_path):
     """The bare command, cut short."""
     metrics = run(tmp_path / "coins", "--steps", "12", "--eval-every", "6", "--seed", "0")

@@ -70,6 +70,7 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if "```python" in PAGES[page]])
 def test_python_blocks_run(page: str, checkout: Path, split_dir: Path) -> None:
     """In order and in one process, without warnings, and print what the page says."""
@@ -123,6 +124,7 @@ def helps() -> dict[str, str]:
     return json.loads(next(line for line in output.splitlines() if line.startswith("{")))
 
 
+@pytest.mark.slow
 def test_commands_exist(helps: dict[str, str]) -> None:
     """With all of their options."""
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
@@ -224,6 +226,7 @@ def test_the_changelog_begins_with_the_version_of_the_code() -> None:
     assert version[1] == latest[1]
 
 
+@pytest.mark.slow
 def test_demo_runs(tmp_path: Path) -> None:
     """With two steps of training; that it learns is for a longer run to show."""
     output = run_python(

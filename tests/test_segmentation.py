@@ -7,12 +7,13 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image
-from transformers import AutoProcessor, SamModel
+from transformers import AutoProcessor, SamModel, pipeline
 from transformers.utils import is_torchvision_available
 
 import segment
 from checkpoint_tools.staging import SAM_TINY, split_class
 from finetuning.data import Coins
+from pretraining.drawn_scenes import draw_scene
 
 
 POINTS = ["--point", "50", "155", "--point", "110", "160"]  # two coins
@@ -76,34 +77,29 @@ def test_an_adapter_brings_its_base(coins, tmp_path, monkeypatch):
         run(coins, *POINTS, "--adapter", "adapter", "--output", "damaged")
 
 
-def test_everything(coins, tmp_path, monkeypatch, logged):
-    """By the real pipeline where torchvision is there; without, its part, to drop duplicates, is left out."""
-
-    def decode(run_lengths: dict) -> np.ndarray:
-        values = np.repeat(np.arange(len(run_lengths["counts"])) % 2, run_lengths["counts"])
-        return values.reshape(run_lengths["size"][::-1]).T.astype(bool)
-
-    if not is_torchvision_available():
-        processor = type(AutoProcessor.from_pretrained(SAM_TINY).image_processor)
-        monkeypatch.setattr(
-            processor,
-            "post_process_for_mask_generation",
-            lambda self, masks, scores, boxes, threshold: (list(map(decode, masks)), scores, masks, boxes),
-        )
-        monkeypatch.setattr(segment, "is_torchvision_available", lambda: True)
-    _, labels = run(
-        coins,
-        "--everything",
-        "--grid",
-        "8",
-        "--min-iou",
-        "0.5",
-        "--min-stability",
-        "0.5",
-        "--output",
-        tmp_path / "all",
+@pytest.mark.parametrize(
+    ("options", "thresholds"),
+    [
+        (["--min-iou", "0.5", "--min-stability", "0.6"], {"pred_iou_thresh": 0.5, "stability_score_thresh": 0.6}),
+        ([], {}),  # the defaults of the pipeline
+    ],
+    ids=["given", "default"],
+)
+def test_everything_gives_the_masks_of_stock_sam(options, thresholds, tmp_path, logged):
+    pytest.importorskip("torchvision", reason="duplicate masks are removed with torchvision")
+    scene, _ = draw_scene(np.random.default_rng(3), 128, difficulty=0.5)
+    Image.fromarray(scene).save(tmp_path / "scene.png")
+    _, labels = run(tmp_path / "scene.png", "--everything", "--grid", "8", *options, "--output", tmp_path / "all")
+    processor = AutoProcessor.from_pretrained(SAM_TINY)
+    generate = pipeline(
+        "mask-generation", SamModel.from_pretrained(SAM_TINY), image_processor=processor.image_processor
     )
-    assert labels.max() > 2
+    masks = generate(Image.fromarray(scene), points_per_crop=8, **thresholds)["masks"]
+    assert len(masks) > (1 if thresholds else 0)
+    expected = np.zeros_like(labels)
+    for number, mask in enumerate(sorted(map(np.asarray, masks), key=np.sum, reverse=True), start=1):
+        expected[mask] = number
+    np.testing.assert_array_equal(labels, expected)
     assert logged == []
 
 

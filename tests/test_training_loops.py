@@ -879,6 +879,7 @@ def sharded_gradients(rank: int, folders: dict[str, str], result: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_sharded(models, split_dir, tmp_path, inputs):
     """FSDP 1 and 2, of all weights and of adapters, equal one process with both images."""
     stock, split = copy.deepcopy(models[0]), models[1]

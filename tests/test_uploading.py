@@ -4,14 +4,13 @@ import errno
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import FIGURES, MODEL_REPO_FILES, Malicious, configure, rewrite, stock_model
-from hub import Fault, File, Hub, serve
-from huggingface_hub import constants
+from hub import Fault, File, Hub
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import BertConfig, BertModel, SamVisionModel
@@ -23,22 +22,6 @@ from checkpoint_tools.staging import ROOT
 
 # huggingface_hub's own way of sending files
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    """A Hub that this process uses with a token that may write, and an empty cache."""
-    with serve() as server:
-        for name, value in {
-            "ENDPOINT": server.url,
-            "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
-            "HF_HUB_OFFLINE": False,
-            "HF_HUB_DISABLE_XET": True,
-            "HF_HUB_CACHE": str(tmp_path / "cache"),
-        }.items():
-            monkeypatch.setattr(constants, name, value)
-        monkeypatch.setenv("HF_TOKEN", "hf_writer")
-        yield server.hub
 
 
 @pytest.fixture
@@ -76,6 +59,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Calla
 # --- nothing that is not verified
 
 
+@pytest.mark.slow
 def test_failed_verification_pushes_nothing(
     hub: Hub, run, base_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
