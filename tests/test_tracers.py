@@ -182,7 +182,7 @@ def test_onnx_export_of_the_whole_model(implementation, small, tmp_path):
 def test_strict_export_in_training_mode(implementation, small):
     """With a batch size that is free."""
     model = Embeddings(small(implementation)).train()
-    shapes = ({0: torch.export.Dim("batch")},)
+    shapes = ({0: torch.export.Dim("batch", max=64)},)
     exported = torch.export.export(model, (images(0),), dynamic_shapes=shapes, strict=True).module()
     with torch.no_grad():
         assert_same([exported(images(1, 3))], [model(images(1, 3))])
@@ -197,7 +197,7 @@ def test_export_takes_the_model_itself(implementation, small):
         dict(zip(("pixel_values", "input_points"), image_and_points(seed, number), strict=True))
         for seed, number in ((0, 2), (1, 3))
     )
-    shapes = {name: {0: torch.export.Dim("batch")} for name in inputs}
+    shapes = {name: {0: torch.export.Dim("batch", max=64)} for name in inputs}
     exported = torch.export.export(model, (), inputs, dynamic_shapes=shapes, strict=False).module()
     with torch.no_grad():
         assert_same_outputs(exported(**others), model(**others))
@@ -234,8 +234,8 @@ def test_compile_of_the_encoder(path, small):
         assert_same([compiled(images(1))], [model(images(1))])
 
 
-@pytest.mark.parametrize("tracing_mode, path", [("real", path) for path in PATHS] + [("symbolic", "tiled")])
-def test_make_fx(tracing_mode, path, small):
+@pytest.mark.parametrize("path", PATHS)
+def test_make_fx(path, small):
     """Of output and gradients together."""
     model = layers(small(path)).train()
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
@@ -247,7 +247,7 @@ def test_make_fx(tracing_mode, path, small):
         grads = torch.autograd.grad(output, list(leaves.values()), gradient)
         return {"output": output.detach(), **but_noise(dict(zip(leaves, grads, strict=True)))}
 
-    graph = make_fx(function, tracing_mode=tracing_mode)(weights, hidden_states(0))
+    graph = make_fx(function)(weights, hidden_states(0))
     others = {name: 1.1 * weight for name, weight in weights.items()}
     assert_same_outputs(graph(others, hidden_states(1)), function(others, hidden_states(1)))
 
