@@ -77,6 +77,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_to_fused_and_back(case, load, stock, stock_dir, inputs, tmp_path, capsys):
     """The way back gives the very tensors again, under the same names."""

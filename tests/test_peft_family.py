@@ -16,6 +16,7 @@ def base(tmp_path_factory) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings(
     "ignore:Unsupported layer type:UserWarning",  # LN tuning, of LayerNorm itself
     "ignore:Failed to load the CUDA extension:UserWarning",  # BOFT, on a CPU

@@ -137,6 +137,7 @@ def test_jit_trace_can_be_trained(small):
     assert_same_outputs(outputs_and_gradients(model, traced, images(1)), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dynamo", [False, True], ids=["torchscript", "dynamo"])
 def test_onnx_export(dynamo, implementation, small, tmp_path):
@@ -171,6 +172,7 @@ def test_onnx_export_of_the_whole_model(implementation, small, tmp_path):
         assert_same([torch.from_numpy(array) for array in arrays], model(*inputs), 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects:UserWarning")  # transformers' own
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_strict_export_in_training_mode(implementation, small):
@@ -182,6 +184,7 @@ def test_strict_export_in_training_mode(implementation, small):
         assert_same([exported(images(1, 3))], [model(images(1, 3))])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_export_takes_the_model_itself(implementation, small):
     """With keywords, and gives what it gives."""
@@ -227,6 +230,7 @@ def test_compile_of_the_encoder(path, small):
         assert_same([compiled(images(1))], [model(images(1))])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tracing_mode, path", [("real", path) for path in PATHS] + [("symbolic", "tiled")])
 def test_make_fx(tracing_mode, path, small):
     """Of output and gradients together."""

@@ -342,6 +342,7 @@ def test_passing_fault(fault: Fault, hub: Hub, push, verified: list, no_waiting:
     assert no_waiting[0] >= (20 if fault.headers else 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "problem"),
     [
