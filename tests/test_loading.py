@@ -328,6 +328,7 @@ def test_edited_code_is_picked_up_on_reload(split_dir, tmp_path):
     run_python(f"from transformers import AutoModel; assert {load}.edited")
 
 
+@pytest.mark.slow
 def test_transformers_below_the_floor_is_named(split_dir):
     """In a new process that reports transformers 4."""
     output = run_python(

@@ -170,6 +170,7 @@ def test_resume_refuses_other_settings(whole_run, tmp_path):
     assert (tmp_path / "precious.txt").exists()
 
 
+@pytest.mark.slow
 def test_best_checkpoint_is_restored(photos, tmp_path):
     """With steps so large that the first are the best."""
     arguments = [*photos, *SMALL_RUN, "--learning-rate", "0.3", "--eval-every", "1"]

@@ -40,6 +40,7 @@ def model(request, stock_dir, split_dir, stock, tmp_path):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_shard_size", ["5GB", "20KB"])
 @pytest.mark.parametrize("options", [{}, {"save_original_format": True}], ids=str)
 def test_saved_layout(model, max_shard_size, options, tmp_path, logged):

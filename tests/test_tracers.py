@@ -223,6 +223,7 @@ def test_compile_with_free_shapes(small):
     assert_same_outputs(outputs_and_gradients(model, compiled, hidden_states(1)), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", PATHS)
 def test_compile_of_the_encoder(path, small):
     """In inference, as most use it."""

@@ -323,6 +323,7 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return waits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fault",
     [
