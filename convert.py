@@ -38,13 +38,13 @@ def parse_args() -> argparse.Namespace:
         return command
 
     model, adapter = (str, "folder or Hub id of a model"), (str, "folder or Hub id of a LoRA adapter")
-    folder, file = (Path, "folder to write"), (Path, "a file as sam_vit_b_01ec64.pth")
+    folder, file = (Path, "folder to write"), (Path, "a checkpoint in Meta's layout, such as sam_vit_b_01ec64.pth")
     command = add(to_sam, "split model to stock SamModel", source=model, destination=folder)
     command.add_argument("--adapter", help="folder or Hub id of a PEFT adapter, to be merged")
     add(to_split, "stock SamModel to split model", source=model, destination=folder)
     command = add(from_meta, "Meta's layout to split model", file=file, destination=folder)
     command.add_argument("--stock", action="store_true", help="write a stock SamModel instead")
-    command.add_argument("--decoder-heads", type=int, help="of another decoder than Meta's, which no file tells")
+    command.add_argument("--decoder-heads", type=int, help="of the decoder, if not Meta's 8 (no file records them)")
     add(to_meta, "split or stock model to Meta's layout", source=model, file=file)
     add(to_onnx, "split or stock model to ONNX: an encoder and decoders", source=model, destination=folder)
     for function, summary in (
@@ -66,7 +66,7 @@ def main() -> None:
         error = function(**arguments)
     except (OSError, ValueError, RuntimeError, SafetensorError) as problem:
         source = arguments.get("source", arguments.get("file"))
-        sys.exit(f"convert.py: {source} was not converted: {one_line(problem)}")
+        sys.exit(f"convert.py: cannot convert {source}: {one_line(problem)}")
     written = arguments.get("destination", arguments.get("file"))
     print(f"Wrote {written}. Masks and scores for a fixed image differ by {error:.1e} of the largest value.")
 

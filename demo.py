@@ -25,9 +25,11 @@ def main() -> None:
     try:
         error = to_split(args.base, repo, force=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as problem:
-        sys.exit(f"{args.base}: not a stock SAM v1 checkpoint, as the demo needs it: {one_line(problem)}")
+        sys.exit(f"{args.base}: expected a stock SAM v1 checkpoint: {one_line(problem)}")
     print(f"Wrote a model repo from {args.base} to {repo}.")
-    print(f"The split model against stock: outputs differ by {error:.1e} of the largest at most.", flush=True)
+    print(
+        f"The split model against stock: outputs differ by {error:.1e} at most, relative to the largest.", flush=True
+    )
     try:
         finetune(
             Settings(

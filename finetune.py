@@ -1,9 +1,9 @@
-"""Fine-tunes Segment Anything on your own images, and hands back an adapter, a merged model, or stock SAM.
+"""Fine-tunes Segment Anything on your own images, and writes an adapter, a merged model, or a stock SAM.
 
 python finetune.py --images DIR --masks DIR --output DIR [--base facebook/sam-vit-base]
 accelerate launch --num_processes 2 finetune.py ...
 
-Without images it learns from a part of a photograph of coins, with a small SAM that comes with this repo.
+Without --images, it trains sam-tiny on half of a photograph of coins.
 """
 
 import argparse
@@ -36,11 +36,11 @@ def parse_args(arguments: list[str] | None = None) -> Settings:
     group.add_argument("--masks", type=Path, help="folder of PNG or TIFF label images, named as the images")
     group.add_argument("--coco", type=Path, help="COCO annotations of the images, instead of masks")
     group.add_argument(
-        "--validation", type=float, help="share to validate on: of the images (0.2), of one image (0.5)"
+        "--validation", type=float, help="share held out for validation (0.2 of the images, or 0.5 of a single image)"
     )
     group.add_argument("--tile", type=int, help="cut images into tiles of so many pixels")
-    group.add_argument("--overlap", type=float, help="share of a tile that the next one shows too")
-    group.add_argument("--min-area", type=int, help="pixels of the model's masks to count as an object")
+    group.add_argument("--overlap", type=float, help="overlap of neighbouring tiles, as a share of the tile side")
+    group.add_argument("--min-area", type=int, help="smallest object, in pixels of the predicted masks")
     group.add_argument("--augment", choices=AUGMENTATIONS, help="crop also mirrors")
     group.add_argument("--workers", type=int, help="processes that prepare the data")
 
@@ -48,7 +48,7 @@ def parse_args(arguments: list[str] | None = None) -> Settings:
     group.add_argument("--prompt", choices=KINDS)
     group.add_argument("--points", type=int, help="points in each object")
     group.add_argument("--negative-points", type=int, help="points beside each object")
-    group.add_argument("--objects", type=int, help="objects of an image in a training step")
+    group.add_argument("--objects", type=int, help="objects per image and training step")
     group.add_argument("--multimask", action="store_true", help="predict three masks per prompt, and train the best")
 
     group = parser.add_argument_group("model")
@@ -71,13 +71,13 @@ def parse_args(arguments: list[str] | None = None) -> Settings:
 
     group = parser.add_argument_group("training")
     group.add_argument("--steps", type=int)
-    group.add_argument("--minutes", type=float, help="stop training then, whatever the step")
-    group.add_argument("--batch-size", type=int, help="images of a step, in each process")
+    group.add_argument("--minutes", type=float, help="time limit of training, in minutes")
+    group.add_argument("--batch-size", type=int, help="images per process and batch")
     group.add_argument("--accumulate", type=int, help="batches of a step")
     group.add_argument("--learning-rate", type=float)
     group.add_argument("--loss", choices=LOSSES, help="beside dice")
     group.add_argument("--eval-every", type=int, metavar="STEPS", help="validate, and save a checkpoint")
-    group.add_argument("--patience", type=int, help="stop after so many validations without improvement")
+    group.add_argument("--patience", type=int, help="validations without improvement before training stops")
     group.add_argument("--gradient-checkpointing", action="store_true")
     group.add_argument("--bf16", action="store_true")
     group.add_argument("--seed", type=int)

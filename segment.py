@@ -1,4 +1,4 @@
-"""Segments an image: what points or boxes ask for, or everything.
+"""Segments an image, from points, from boxes, or everything in it.
 
 python segment.py photo.png --point 120 80 --point 40 60 --output build/photo
 python segment.py photo.png --box 10 20 200 180 --adapter build/finetune/adapter
@@ -35,28 +35,28 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("image", type=Path, help="PNG, JPEG or TIFF")
     for name, numbers, text in (
-        ("--point", ("X", "Y"), "in an object; again for the next one"),
-        ("--box", ("LEFT", "TOP", "RIGHT", "BOTTOM"), "around an object; again for the next one"),
+        ("--point", ("X", "Y"), "a point in an object; repeat the option for more objects"),
+        ("--box", ("LEFT", "TOP", "RIGHT", "BOTTOM"), "the box of an object; repeat the option for more objects"),
     ):
         parser.add_argument(
             name, nargs=len(numbers), type=float, action="append", default=[], metavar=numbers, help=text
         )
-    parser.add_argument("--everything", action="store_true", help="all objects, found from a grid of points")
+    parser.add_argument("--everything", action="store_true", help="segment all objects, from a grid of points")
     parser.add_argument("--grid", type=int, default=32, help="points along a side of it")
-    parser.add_argument("--min-iou", type=float, default=0.88, help="that the model must expect of a mask")
-    parser.add_argument("--min-stability", type=float, default=0.95, help="of a mask, if its threshold is shifted")
+    parser.add_argument("--min-iou", type=float, default=0.88, help="lowest predicted IoU (%(default)s)")
+    parser.add_argument("--min-stability", type=float, default=0.95, help="lowest stability score (%(default)s)")
     parser.add_argument("--multimask", action="store_true", help="choose among three masks per prompt")
     parser.add_argument("--base", help="folder or Hub id of a SAM v1 (default: that of the adapter, or sam-tiny)")
     parser.add_argument("--revision", help="of the base, on the Hub")
     parser.add_argument("--adapter", help="folder or Hub id of an adapter")
-    parser.add_argument("--output", type=Path, default=Path("build/segment"), help="beginning of the files' names")
+    parser.add_argument("--output", type=Path, default=Path("build/segment"), help="prefix of the output files")
     args = parser.parse_args(arguments)
     if args.everything == bool(args.point or args.box):
-        parser.error("expected --point or --box, or else --everything.")
+        parser.error("expected --point, --box or --everything.")
     if args.point and args.box:
         parser.error("--point and --box are both given: expected one kind of prompt.")
     if args.everything and not is_torchvision_available():
-        parser.error("--everything drops duplicate masks with torchvision: pip install torchvision.")
+        parser.error("--everything needs torchvision to remove duplicate masks: pip install torchvision.")
     return args
 
 

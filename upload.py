@@ -40,7 +40,7 @@ def main() -> None:
             dry_run=args.dry_run,
         )
     except KeyboardInterrupt:
-        sys.exit("Interrupted. Run the same command again: what was sent already is not sent again.")
+        sys.exit("Interrupted. Run the command again to continue: files already sent are skipped.")
     except (OSError, ValueError, RuntimeError, HTTPError, SafetensorError, pickle.UnpicklingError) as error:
         message = one_line(error)
         if os.strerror(errno.ENOSPC) in message:  # of whatever type: safetensors has its own
@@ -60,7 +60,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--repo-id", help="USER/NAME on the Hub to push to")
     parser.add_argument("--private", action="store_true", help="create the repo as a private one")
     target = parser.add_mutually_exclusive_group()
-    target.add_argument("--revision", help="branch to push to, made if there is none (main)")
+    target.add_argument("--revision", help="branch to push to; created if missing (default: main)")
     target.add_argument("--create-pr", action="store_true", help="open a pull request instead")
     parser.add_argument("--commit-message", help="(Split BASE)")
     parser.add_argument("--token-file", type=Path, help="file with a token; else HF_TOKEN or that of `hf auth login`")
@@ -69,7 +69,7 @@ def parse_args() -> argparse.Namespace:
     if not args.output and not args.repo_id:
         parser.error("give --output to stage a model repo, --repo-id to push one, or both")
     if args.repo_id and args.repo_id.count("/") != 1:
-        parser.error(f"--repo-id {args.repo_id}: expected was USER/NAME")
+        parser.error(f"--repo-id {args.repo_id}: expected USER/NAME")
     if args.dry_run and not args.repo_id:
         parser.error("--dry-run needs the --repo-id that would be pushed to; --output alone pushes nothing")
     return args
@@ -77,5 +77,5 @@ def parse_args() -> argparse.Namespace:
 
 if __name__ == "__main__":
     logging.disable_progress_bar()  # of loading and saving; uploads show theirs
-    logging.set_verbosity_error()  # errors name what is wrong with a base in one line
+    logging.set_verbosity_error()  # errors report problems in one line
     main()

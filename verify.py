@@ -1,4 +1,4 @@
-"""Loads a split model as a stranger would, and compares its weights and its outputs with those of its base.
+"""Loads a split model in the way that a new user would, and compares weights and outputs with its base.
 
 python verify.py USER/NAME --base facebook/sam-vit-base [--revision COMMIT]
 """

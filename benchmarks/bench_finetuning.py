@@ -1,4 +1,4 @@
-"""What fine-tuning costs and brings, by what is trained: runs finetune.py on the coins, once for each row.
+"""Compares cost and result of fine-tuning by what is trained. Runs finetune.py on the coins once per row.
 
 python -m benchmarks.bench_finetuning --parts methods --steps 300
 """
@@ -47,7 +47,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--rounds", type=int, default=1, help="of which the fastest is reported")
+    parser.add_argument("--rounds", type=int, default=1, help="rounds; the fastest is reported")
     parser.add_argument("options", nargs="*", metavar="-- OPTIONS", help="more options of finetune.py")
     return parser.parse_args()
 
@@ -56,7 +56,7 @@ def measure(args: argparse.Namespace, options: list[str]) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder, "run")
         command = [sys.executable, str(RECIPE), "--output", str(output), "--steps", str(args.steps)]
-        # CPU time of one thread, which other programs on the machine change little
+        # one thread's CPU time: other programs hardly affect it
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         process = subprocess.run(
             [*command, *options, *args.options], capture_output=True, text=True, check=False, env=environment

@@ -1,4 +1,4 @@
-"""What PEFT's methods do on q and v: train, save and load, merge, and go back to stock SAM, as tables for the README.
+"""Checks PEFT's methods on q and v (train, save, load, merge, `to_sam`); prints the tables of docs/peft-methods.md.
 
 python -m benchmarks.peft_family
 """
@@ -90,7 +90,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Result:
-    """What was measured of a method: differences of outputs as parts of the largest one, and an error if any."""
+    """Result of one method: relative differences of the outputs, and an error, if any."""
 
     trained: bool = False
     effect: float = 0
@@ -114,7 +114,7 @@ def main() -> None:
     exact = [result for name, result in results.items() if not result.error and not METHODS[name].four_bits]
     worst = max(value for r in exact for value in (r.reload, r.merge, r.to_sam) if value is not None)
     print(
-        f"\nEqual: outputs differ by {worst:.1e} of the largest at most. Training changed them by "
+        f"\nEqual: outputs differ by {worst:.1e} at most, relative to the largest. Training changed them by "
         f"{min(r.effect for r in exact):.1e} at least."
     )
 
@@ -174,10 +174,10 @@ def measure(method: Method, base: str) -> Result:
 
 
 def train(adapted: PeftModel) -> bool:
-    """Makes a few steps; returns whether all of the adapter, on what it targets, got gradients, and nothing else."""
+    """Trains a few steps. Returns whether exactly the adapter's weights, on all targeted layers, got gradients."""
     batch = example_batch(adapted.get_base_model())
     if getattr(adapted.peft_config["default"], "init_lora_weights", None) == "eva":
-        with contextlib.redirect_stdout(io.StringIO()):  # it tells that it skips the padding of windows
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints that it skips padding
             peft.initialize_lora_eva_weights(
                 adapted,
                 [batch] * 2,

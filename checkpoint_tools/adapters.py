@@ -1,6 +1,6 @@
-"""LoRA of separate `q`, `k`, `v` as LoRA of the fused `qkv`, and the reverse: the same function, to the last digit.
+"""Converts LoRA adapters between separate `q`, `k`, `v` and the fused `qkv`, exactly.
 
-With s for alpha / rank, a Linear W becomes W + s B A. Fused, the A's lie below each other and B is a block matrix:
+With s for alpha / rank, a Linear W becomes W + s B A. When fused, the A matrices are stacked and B is block-diagonal:
 
     [q]         [B_q  0 ]  [A_q]
     [k]  =  s * [ 0   0 ]  [A_v]     and back, each of q, k, v takes A and its third of B's rows.
@@ -27,7 +27,7 @@ PROJECTIONS = ("q", "k", "v")
 FUSED = ("qkv",)
 PREFIX = "base_model.model."
 
-# What an adapter's configuration may say. All else must be as PEFT has it by default, or it might change the function.
+# Settings this converter handles. Any other must have PEFT's default value, because it could change the result.
 UNDERSTOOD = {
     *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
     *("inference_mode", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
@@ -39,7 +39,7 @@ INITS_THAT_KEEP_THE_BASE = (True, False, "gaussian", "eva", "orthogonal")
 
 @dataclasses.dataclass
 class Adapter:
-    """A LoRA as its folder holds it: `adapter_config.json` and the weights by name."""
+    """A LoRA adapter as stored in its folder: `adapter_config.json` and the weights by name."""
 
     config: dict[str, Any]
     weights: dict[str, torch.Tensor]
@@ -50,7 +50,7 @@ class Adapter:
         """Reads a folder or a repo of the Hub.
 
         Raises:
-            ValueError: If it is not a plain LoRA, whose function its two matrices and its scaling tell.
+            ValueError: If it is not a plain LoRA, fully described by its two matrices and its scaling.
         """
         folder = Path(source) if Path(source).is_dir() else Path(snapshot_download(source, allow_patterns="adapter_*"))
         config = json.loads((folder / "adapter_config.json").read_text())
@@ -58,7 +58,7 @@ class Adapter:
             raise ValueError(f"{source} is a {config.get('peft_type')} adapter: only LoRA can be converted.")
         if config.get("init_lora_weights", True) not in INITS_THAT_KEEP_THE_BASE:
             raise ValueError(
-                f"{source} was initialised with {config['init_lora_weights']!r}, which changed the weights under it: "
+                f"{source} was initialised with {config['init_lora_weights']!r}, which modifies the base weights: "
                 "save it with path_initial_model_for_weight_conversion first (PEFT's documentation has how)."
             )
         defaults = LoraConfig().to_dict()
@@ -77,7 +77,7 @@ class Adapter:
         save_file(contiguous, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
     def require(self, projections: tuple[str, ...]) -> None:
-        """Refuses what is not an adapter of these projections of the vision encoder, and of them alone.
+        """Checks that the adapter targets exactly these projections of the vision encoder.
 
         Raises:
             ValueError: If it adapts the other form, neither, or holds whole projections.
@@ -85,13 +85,13 @@ class Adapter:
         adapted = {match[1] for name in self.weights if (match := re.search(r"\.attn\.(qkv|[qkv])\.lora_", name))}
         if not adapted or not adapted <= {*projections}:
             raise ValueError(
-                f"It adapts {', '.join(sorted(adapted)) or 'no projection'} of the vision encoder, and only "
-                f"{', '.join(projections)} were expected: adapter-to-fused and adapter-to-split are each other's "
-                "reverse, and an adapter of proj, MLPs or the decoder alone fits both forms as it is."
+                f"Expected an adapter of {', '.join(projections)}, got one of "
+                f"{', '.join(sorted(adapted)) or 'no projection'}. Use the opposite command (adapter-to-fused / "
+                "adapter-to-split). An adapter of proj, MLPs or the decoder alone needs no conversion."
             )
         whole = [name for name in self.weights if re.search(r"\.attn\.(qkv|[qkv])\.(modules_to_save\.)?weight$", name)]
         if whole:
-            raise ValueError(f"modules_to_save keeps whole projections, as {whole[0]}: merge the adapter instead.")
+            raise ValueError(f"modules_to_save contains whole projections ({whole[0]}): merge the adapter instead.")
 
 
 @dataclasses.dataclass
@@ -104,7 +104,7 @@ class Factors:
 
 
 def to_fused(adapter: Adapter, adapted: PeftModel, stock: nn.Module) -> Adapter:
-    """Returns the adapter of `qkv` that does what `adapter` does.
+    """Returns the equivalent adapter of `qkv`.
 
     Args:
         adapter: Of `q`, `k` or `v`.
@@ -112,7 +112,7 @@ def to_fused(adapter: Adapter, adapted: PeftModel, stock: nn.Module) -> Adapter:
         stock: The stock model that the result is for.
 
     Raises:
-        ValueError: If a part of it has no exact form.
+        ValueError: If a part has no exact equivalent.
     """
     weights, factors = take_factors(adapter, adapted)
     layers: dict[str, dict[str, Factors]] = defaultdict(dict)
@@ -142,7 +142,7 @@ def to_split(adapter: Adapter, adapted: PeftModel, split: nn.Module) -> Adapter:
         split: The split model that the result is for.
 
     Raises:
-        ValueError: If a part of it has no exact form.
+        ValueError: If a part has no exact equivalent.
     """
     weights, factors = take_factors(adapter, adapted)
     parts: dict[str, Factors] = {}
@@ -180,9 +180,9 @@ def fuse(parts: dict[str, Factors]) -> Factors:
 
 
 def unfuse(fused: Factors) -> dict[str, Factors]:
-    """Returns the factors of `q`, `k` and `v`, without the ranks that do nothing for one of them."""
+    """Returns the factors of `q`, `k` and `v`, leaving out ranks whose B columns are zero."""
     parts = {}
-    untrained = ~fused.b.any()  # where no rank does anything yet
+    untrained = ~fused.b.any()  # B is all zeros before training
     for name, b in zip(PROJECTIONS, fused.b.chunk(3), strict=True):
         used = b.any(dim=0) | untrained
         if used.any():
@@ -191,7 +191,7 @@ def unfuse(fused: Factors) -> dict[str, Factors]:
 
 
 def rescaled(part: Factors, scaling: float) -> torch.Tensor:
-    """Returns B for another scaling of the same product.
+    """Returns B rescaled so that scaling * B * A stays the same.
 
     Raises:
         ValueError: If half precision would round it.
@@ -200,7 +200,7 @@ def rescaled(part: Factors, scaling: float) -> torch.Tensor:
     b = exact.to(part.b.dtype)
     if b.dtype.itemsize < 4 and not torch.equal(b.double(), exact):
         raise ValueError(
-            f"The scalings {part.scaling:g} and {scaling:g} of one layer have no common form in {b.dtype} without "
+            f"One layer has the scalings {part.scaling:g} and {scaling:g}, which {b.dtype} cannot express without "
             "rounding: save the adapter in float32 first."
         )
     return b
@@ -210,17 +210,17 @@ def take_factors(adapter: Adapter, adapted: PeftModel) -> tuple[dict[str, torch.
     """Returns the adapter's other weights, and the factors of each layer, with the scaling that PEFT gives it.
 
     Raises:
-        ValueError: If the adapter has factors that the model has no place for, or lacks some.
+        ValueError: If the adapter has factors that the model has no module for, or lacks some.
     """
     weights, factors = dict(adapter.weights), {}
     for name, module in adapted.get_base_model().named_modules():
         if isinstance(module, LoraLayer):
             a, b = (weights.pop(f"{PREFIX}{name}.lora_{factor}.weight", None) for factor in "AB")
             if a is None or b is None:
-                raise ValueError(f"The adapter's file lacks weights for {name}, which its configuration targets.")
+                raise ValueError(f"The adapter's configuration targets {name}, but its file has no weights for it.")
             factors[name] = Factors(a, b, module.scaling["default"])
     if left := sorted(name for name in weights if ".lora_" in name):
-        raise ValueError(f"The model has no place for {', '.join(left)}: give the adapter's own base with --base.")
+        raise ValueError(f"The model has no modules for {', '.join(left)}: pass the adapter's base with --base.")
     return weights, factors
 
 
@@ -268,12 +268,12 @@ def assemble(
 
 
 def shortest_targets(model: nn.Module, modules: set[str]) -> list[str]:
-    """Returns what PEFT finds exactly `modules` by: their last names, or else their full ones."""
+    """Returns the shortest `target_modules` for exactly `modules`: last names if unambiguous, otherwise full paths."""
     last_names = {name.rpartition(".")[2] for name in modules}
     with_these_names = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in last_names}
     return sorted(last_names if with_these_names == modules else modules)
 
 
 def whole(number: float) -> float:
-    """An int where it is one, up to the rounding of the last digits."""
+    """Rounds to an int if the difference is only floating-point error."""
     return round(number) if math.isclose(number, round(number), rel_tol=1e-14) else number

@@ -1,4 +1,4 @@
-"""One measure of how much the outputs of two models differ: the relative error of each output, and the largest of all.
+"""Compares the outputs of two models by their relative error.
 
 The relative error of a tensor is the largest absolute difference, relative to the largest absolute expected value.
 """
@@ -33,7 +33,7 @@ def compare(actual: Outputs, expected: Outputs, tolerance: float, reference: str
     error = largest_relative_error(actual, expected)
     if not error <= tolerance:  # false for NaN, too
         raise OutputsDifferError(
-            f"its outputs differ from {reference}'s by {error:.1e} of the largest, more than {tolerance:.1e}."
+            f"its outputs differ from {reference}'s by {error:.1e} relative to the largest, more than {tolerance:.1e}."
         )
     return error
 

@@ -36,12 +36,10 @@ def to_sam(source: str, destination: Path, adapter: str | None = None, force: bo
 
 
 def to_split(source: str, destination: Path, force: bool = False) -> float:
-    """Writes the stock model `source` as a split model with its code; returns the error as `to_sam` does."""
+    """Writes the stock model `source` as a split model with its code; returns the relative error, like `to_sam`."""
     with staged(destination, force) as folder:
         if model_type(source) != SamConfig.model_type:
-            raise ValueError(
-                f"{source} holds a model of type {model_type(source)!r}, and only stock SAM ('sam') can be split."
-            )
+            raise ValueError(f"{source}: expected a stock SAM (model_type 'sam'), got {model_type(source)!r}.")
         split_class().from_pretrained(source).save_pretrained(folder)
         copy_processor(source, folder)
         stock = SamModel.from_pretrained(source, dtype=torch.float32)
@@ -52,7 +50,7 @@ def to_split(source: str, destination: Path, force: bool = False) -> float:
 def from_meta(
     file: Path, destination: Path, stock: bool = False, decoder_heads: int = 8, force: bool = False
 ) -> float:
-    """Writes a checkpoint in Meta's layout as a split or `stock` model; returns the error as `to_sam` does."""
+    """Writes a checkpoint in Meta's layout as a split or `stock` model; returns the relative error, like `to_sam`."""
     with staged(destination, force) as folder:
         model = meta_layout.sam_from_meta(meta_layout.read(file), decoder_heads)
         dtype = model.dtype
@@ -65,7 +63,7 @@ def from_meta(
 
 
 def to_meta(source: str, file: Path, force: bool = False) -> float:
-    """Writes a split or stock model as a checkpoint in Meta's layout; returns the error as `to_sam` does."""
+    """Writes a split or stock model as a checkpoint in Meta's layout; returns the relative error, like `to_sam`."""
     if file.is_dir() or (file.exists() and not force):
         raise FileExistsError(f"{file} exists: choose another name, or replace a file with --force.")
     model, dtype = load(source)
@@ -78,8 +76,9 @@ def to_meta(source: str, file: Path, force: bool = False) -> float:
         decoder_heads = model.config.mask_decoder_config.num_attention_heads
         if decoder_heads != meta_layout.DECODER_HEADS:
             note(
-                f"The decoder has {decoder_heads} attention heads, which Meta's layout does not tell: build Meta's "
-                f"TwoWayTransformer with num_heads={decoder_heads}, or come back with --decoder-heads {decoder_heads}."
+                f"The decoder has {decoder_heads} attention heads, which Meta's layout does not record: build Meta's "
+                f"TwoWayTransformer with num_heads={decoder_heads}, or convert back with "
+                f"--decoder-heads {decoder_heads}."
             )
         epsilon = model.config.mask_decoder_config.layer_norm_eps
         if epsilon != meta_layout.DECODER_LAYER_NORM_EPS:
@@ -94,7 +93,7 @@ def to_meta(source: str, file: Path, force: bool = False) -> float:
 
 
 def to_onnx(source: str, destination: Path, force: bool = False) -> float:
-    """Writes a split or stock model as ONNX files, in float32; returns the error, in onnxruntime, as `to_sam`."""
+    """Writes a split or stock model as ONNX files, in float32; returns the relative error, in onnxruntime."""
     with staged(destination, force) as folder:
         model, _ = load(source)
         onnx_export.export(model, folder)
@@ -120,7 +119,7 @@ def convert_adapter(
     base: str | None,
     force: bool,
 ) -> float:
-    """Applies `convert` to the adapter `source`, and compares the two on the model `base` (the adapter's own)."""
+    """Applies `convert` to the adapter `source`, and compares both on `base` (by default the base it names)."""
     with staged(destination, force) as folder:
         to_fused = convert is adapters.to_fused
         adapter = adapters.Adapter.load(source)
@@ -136,8 +135,8 @@ def convert_adapter(
         converted = convert(adapter, adapted, target)
         if to_fused and model_type(base) != SamConfig.model_type:
             converted.notes.append(
-                f"base_model_name_or_path is left out: {base} is split, and the adapter now fits the stock model "
-                "that to-sam makes of it."
+                f"base_model_name_or_path is left out, because {base} is split. The new adapter fits its stock "
+                "version (convert.py to-sam)."
             )
             base = None
         converted.config["base_model_name_or_path"] = base
@@ -146,7 +145,7 @@ def convert_adapter(
             note(message)
         expected = example_outputs(adapted)
         effect = largest_relative_error(expected, plain)
-        note(f"The adapter itself changes them by {effect:.1e}.")
+        note(f"The adapter itself changes the outputs by {effect:.1e} (relative).")
         return checked(PeftModel.from_pretrained(target, folder), expected, torch.float32, 0.01 * effect)
 
 
@@ -156,8 +155,7 @@ def checked(
     """Returns the largest relative error of the model's outputs.
 
     Raises:
-        ValueError: If it is more than `tolerance`, or what rounding explains, of the weights to `dtype` or of the
-            outputs.
+        ValueError: If it exceeds `tolerance` and the rounding error of `dtype`.
     """
     return accepted(example_outputs(model), expected, max(tolerance, 16 * torch.finfo(dtype).eps))
 
@@ -185,5 +183,5 @@ def copy_processor(source: str, folder: Path) -> None:
 
 
 def note(message: str) -> None:
-    """Prints what the user of a result should know."""
+    """Prints a note about the result."""
     print(f"Note: {message}")

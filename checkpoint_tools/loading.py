@@ -15,7 +15,7 @@ def load(source: str) -> tuple[PreTrainedModel, torch.dtype]:
     """
     if model_type(source) not in (SamConfig.model_type, "sam_split"):
         raise ValueError(
-            f"{source} holds a model of type {model_type(source)!r}: expected was a whole SAM, 'sam' or 'sam_split'."
+            f"{source}: expected a complete SAM (model_type 'sam' or 'sam_split'), got {model_type(source)!r}."
         )
     model = split_class().from_pretrained(source).eval()
     dtype = model.dtype
@@ -38,7 +38,7 @@ def as_split(stock: SamModel) -> PreTrainedModel:
 
 def processor_for(config: SamConfig) -> SamProcessor:
     """Returns SAM's processor, with the sizes of the model."""
-    from transformers import SamImageProcessor  # which warns of a missing torchvision when imported
+    from transformers import SamImageProcessor  # imported here, because it warns if torchvision is missing
 
     image_size = config.vision_config.image_size
     mask_size = 4 * image_size // config.vision_config.patch_size

@@ -4,7 +4,7 @@ import torch
 
 
 def best_rated(iou_scores: torch.Tensor, pred_masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns of each object the mask that the model itself rates best, and its rating.
+    """Returns, per object, the mask with the highest predicted IoU, and that IoU.
 
     Args:
         iou_scores: Ratings (B, objects, masks).

@@ -9,13 +9,13 @@ import torch
 from transformers import SamConfig, SamModel
 
 
-# Meta's name of it is prompt_encoder.pe_layer...; transformers holds it twice, tied.
+# One tensor in Meta's layout (prompt_encoder.pe_layer…); two tied copies in transformers.
 TIED = {"prompt_encoder.shared_embedding.positional_embedding": "shared_image_embedding.positional_embedding"}
 
-# Of Meta's decoder, whatever the encoder.
+# Meta's decoder, the same for all encoders.
 DECODER_SIZE, DECODER_HEADS, DECODER_LAYER_NORM_EPS = 256, 8, 1e-5
 
-# From transformers' names to Meta's, all applied in order.
+# Renaming rules from transformers to Meta, applied in this order.
 RENAMES: list[tuple[str, str | Callable[[re.Match], str]]] = [
     (r"^shared_image_embedding\.positional_embedding$", "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"),
     (r"^vision_encoder\.", "image_encoder."),
@@ -45,7 +45,7 @@ RENAMES: list[tuple[str, str | Callable[[re.Match], str]]] = [
 
 
 def read(file: Path) -> dict[str, torch.Tensor]:
-    """Returns the weights in `file`, also those that a training script put under "model" beside its optimizer.
+    """Returns the weights in `file`, also from a training checkpoint that has them under "model".
 
     Raises:
         ValueError: If the file holds anything else, or weights of several dtypes.
@@ -54,19 +54,19 @@ def read(file: Path) -> dict[str, torch.Tensor]:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
         raise ValueError(
-            f"{file} is no intact file of plain tensors, and nothing else is read from it, as pickled code could run: "
-            "save the state dict of a segment_anything model with torch.save."
+            f"{file} is damaged, or contains more than plain tensors. Other objects are not loaded, because they "
+            "could run code. Save the state dict of a segment_anything model with torch.save."
         ) from error
     weights = content.get("model", content) if isinstance(content, dict) else content
     if not isinstance(weights, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
-        raise ValueError(f"{file} does not hold weights by name: save the state dict of a segment_anything model.")
+        raise ValueError(f"{file} does not contain a state dict: save the state dict of a segment_anything model.")
     if len(dtypes := {tensor.dtype for tensor in weights.values()}) > 1:
         raise ValueError(f"{file} holds weights of several dtypes ({', '.join(map(str, dtypes))}): cast them to one.")
     return weights
 
 
 def names(config: SamConfig) -> dict[str, str]:
-    """Returns Meta's name of each weight of a `SamModel`, by transformers' name; no two are the same."""
+    """Returns a one-to-one mapping from transformers' weight names to Meta's."""
     last = rf"\1.layers.{config.mask_decoder_config.iou_head_depth - 1}."
     with torch.device("meta"):
         model = SamModel(config)
@@ -88,7 +88,7 @@ def sam_from_meta(weights: dict[str, torch.Tensor], decoder_heads: int | None = 
     """Returns a `SamModel` that holds `weights`, which are in Meta's layout.
 
     Raises:
-        ValueError: If names are unknown or missing, or shapes do not belong together.
+        ValueError: If weights are missing or unknown, or their shapes are inconsistent.
     """
     config = config_of(weights, decoder_heads)
     by_name = names(config)
@@ -97,7 +97,7 @@ def sam_from_meta(weights: dict[str, torch.Tensor], decoder_heads: int | None = 
     problems = {
         "missing": by_name.values() - weights.keys(),
         "unknown": weights.keys() - by_name.values(),
-        "of another shape than the other weights imply": {
+        "with a shape that does not fit the other weights": {
             meta
             for name, meta in by_name.items()
             if meta in weights and weights[meta].shape != model.get_parameter(name).shape
@@ -119,18 +119,16 @@ def config_of(weights: dict[str, torch.Tensor], decoder_heads: int | None = None
     """Returns the configuration that `weights`, in Meta's layout, were made with.
 
     Args:
-        weights: Of any size: depths, widths, windows and the image size are found from their shapes.
+        weights: Weights of any size. Depth, width, windows and image size are inferred from shapes.
         decoder_heads: The decoder's attention heads, which no shape tells; those of Meta's decoder if not given.
 
     Raises:
-        ValueError: If weights that tell the sizes are missing or contradict each other, or heads have to be given.
+        ValueError: If weights needed for the sizes are missing or inconsistent, or `decoder_heads` is needed.
     """
 
     def shape(name: str) -> torch.Size:
         if name not in weights:
-            raise ValueError(
-                f"This is not a checkpoint of Meta's SAM: expected was {name}, but it holds {_listing(weights)}."
-            )
+            raise ValueError(f"This is not a checkpoint of Meta's SAM: expected {name}, got {_listing(weights)}.")
         return weights[name].shape
 
     def count(pattern: str) -> int:
@@ -148,16 +146,15 @@ def config_of(weights: dict[str, torch.Tensor], decoder_heads: int | None = None
     windows = {span for span in spans if span != grid_size}
     if len(windows) > 1 or any(window > grid_size for window in windows):
         raise ValueError(
-            f"The relative positions are those of windows of {sorted(set(spans))} tokens, and the image has "
-            f"{grid_size} x {grid_size} tokens: expected were that size and that of one smaller window. Interpolate "
-            "rel_pos_h and rel_pos_w first."
+            f"rel_pos tables are for {sorted(set(spans))} tokens, but the image has {grid_size} x {grid_size}: "
+            "expected tables of that size and of one smaller window size. Interpolate rel_pos_h and rel_pos_w first."
         )
     decoder_size = shape("mask_decoder.iou_token.weight")[1]
     if decoder_heads is None:
         if decoder_size != DECODER_SIZE:
             raise ValueError(
-                f"The decoder is {decoder_size} wide, not {DECODER_SIZE} as Meta's, and no file tells how many "
-                "attention heads it has: give them with --decoder-heads."
+                f"The decoder is {decoder_size} wide (Meta's: {DECODER_SIZE}). Its number of attention heads is not "
+                "recorded in the file: pass --decoder-heads."
             )
         decoder_heads = DECODER_HEADS
     image = {"image_size": grid_size * patch_size, "patch_size": patch_size}

@@ -1,4 +1,4 @@
-"""SAM as ONNX files: one encodes images, and one for each kind of prompt decodes the masks of an image's objects."""
+"""Exports SAM to ONNX: an image encoder, and one mask decoder per kind of prompt."""
 
 import logging
 import warnings
@@ -9,8 +9,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 
-# By file: the decoder's inputs besides image_embeddings, with the names of their free dimensions. The number of images
-# is fixed to one: torch's exporter would write a file that fails for several objects on each of several images.
+# Decoder inputs besides image_embeddings, with their dynamic dimensions. The batch size is fixed to 1: with a dynamic
+# batch, the exported file fails for several objects per image.
 DECODERS = {
     "points_decoder.onnx": {
         "input_points": {1: "objects", 2: "points"},
@@ -48,7 +48,7 @@ class DecoderGraph(nn.Module):
 
 
 def example_inputs(model: PreTrainedModel, images: int, objects: int, points: int) -> dict[str, torch.Tensor]:
-    """Returns `images` for the encoder, and prompts for the decoders, all of noise."""
+    """Returns random images and prompts."""
     generator = torch.Generator().manual_seed(0)
     side, channels = model.config.vision_config.image_size, model.config.vision_config.num_channels
     corners = (side * torch.rand(1, objects, 2, 2, generator=generator)).sort(dim=2).values
@@ -72,10 +72,10 @@ def export(model: PreTrainedModel, folder: Path) -> None:
 
 
 def write(file: Path, module: nn.Module, inputs: dict[str, torch.Tensor], dimensions: list) -> None:
-    """Exports one module, with `dimensions` free by their names."""
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it tells that torchvision is missing
+    """Exports one module, with the dynamic `dimensions`."""
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it logs that torchvision is missing
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's exporter warns of its own parts
+        warnings.simplefilter("ignore")  # the exporter emits warnings about its own internals
         torch.onnx.export(
             module.eval(),
             tuple(inputs.values()),

@@ -1,4 +1,4 @@
-"""What all commands share: this checkout's classes, checkpoints, and folders written whole or not at all."""
+"""Shared by all commands: model classes, checkpoint download, atomically written folders."""
 
 import contextlib
 import tempfile
@@ -23,16 +23,16 @@ def split_class(name: str = "SamSplitModel") -> type[PreTrainedModel]:
 
 @contextlib.contextmanager
 def staged(destination: Path, force: bool = False) -> Iterator[Path]:
-    """Yields a temporary folder that takes the place of `destination` if the block ends without an error.
+    """Yields a temporary folder and renames it to `destination` if the block succeeds.
 
-    What was there is removed only then, with `force`; a model that is memory-mapped on its files stays as it is.
+    With `force`, an existing folder is replaced at that moment. Models memory-mapped on its files stay valid.
 
     Raises:
         FileExistsError: If `destination` is a file, or a folder that is not empty and `force` is not given.
     """
     destination = destination.resolve()
     if destination.exists() and not destination.is_dir():
-        raise FileExistsError(f"{destination} is a file, and a folder is to be written: choose another name.")
+        raise FileExistsError(f"{destination} is a file, expected a folder: choose another name.")
     if destination.exists() and any(destination.iterdir()) and not force:
         raise FileExistsError(f"{destination} is not empty: choose another folder, or replace it with --force.")
     destination.parent.mkdir(parents=True, exist_ok=True)
@@ -51,9 +51,9 @@ def staged(destination: Path, force: bool = False) -> Iterator[Path]:
 
 
 def fetch(checkpoint: str, revision: str | None = None, token: str | None = None) -> Path:
-    """Returns the folder `checkpoint`, or the one into which the model repo of this name is downloaded.
+    """Returns `checkpoint` if it is a folder; otherwise downloads the Hub repo and returns its folder.
 
-    Of the repo come the weights (safetensors where it has them), and the files that say what they are.
+    Weights (preferably safetensors), JSON, code and card are downloaded.
     """
     if Path(checkpoint).is_dir():
         return Path(checkpoint).resolve()

@@ -28,7 +28,7 @@ from .staging import ROOT, fetch, one_line, split_class, staged
 from .verification import check_card
 
 
-# All that a model repo of ours may consist of. What a repo on the Hub has of these from an earlier push is replaced.
+# All files of a model repo. A push replaces or deletes files of an earlier push that match.
 FILES = (
     "README.md",
     "LICENSE",
@@ -44,13 +44,13 @@ FILES = (
 
 @dataclass(frozen=True)
 class Destination:
-    """Where on the Hub to push to, and as what.
+    """Destination of a push.
 
     Args:
         repo_id: USER/NAME.
-        commit_message: Of the one commit.
-        private: Whether a repo that is made is private.
-        revision: The branch, made if there is none; None for main.
+        commit_message: Message of the commit.
+        private: Creates the repo as private.
+        revision: Branch, created if missing; None for main.
         create_pr: Whether to open a pull request instead.
     """
 
@@ -95,10 +95,10 @@ def upload(
     with tempfile.TemporaryDirectory(prefix="sam-split-") as temporary:
         output = output or Path(temporary, "model")
         if base_folder.is_relative_to(output.resolve()):
-            raise ValueError(f"{output} holds the base, which would be lost: choose another --output.")
+            raise ValueError(f"--output {output} contains the base and would overwrite it: choose another folder.")
         with staged(output, force) as folder:
             stage(base_folder, folder, max_shard_size)
-            print("Verifying it in a process of its own ...", flush=True)
+            print("Verifying in a new process ...", flush=True)
             figures = run_verify(str(folder), base_folder)
             repo_id = destination.repo_id if destination else f"<user>/{output.resolve().name}"
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -106,8 +106,8 @@ def upload(
             (folder / "README.md").write_text(model_card(facts), encoding="utf-8")
             check_staged(folder)
         print(
-            f"Its {figures['num_parameters']:,} parameters are the base's, and its outputs differ from stock "
-            f"SamModel's by {figures['max_difference']:.1g} of the largest at most."
+            f"All {figures['num_parameters']:,} parameters equal the base's. Largest relative difference from stock "
+            f"SamModel's outputs: {figures['max_difference']:.1g}."
         )
         print(f"Would push to {repo_id}:" if dry_run else "Staged:")
         for path in sorted(output.iterdir()):
@@ -117,10 +117,10 @@ def upload(
 
 
 def read_token(path: Path | None) -> str | None:
-    """Returns the token in the file `path`, else the one that the machine is logged in with, if it is."""
+    """Returns the token in the file `path`, otherwise the token of `hf auth login` or HF_TOKEN, if any."""
     token = path.read_text(encoding="utf-8").strip() if path else get_token()
-    if token is not None and not re.fullmatch(r"[!-~]+", token):  # else errors about the request would show it
-        raise ValueError(f"What {path or 'HF_TOKEN'} holds is not a token, which is one word")
+    if token is not None and not re.fullmatch(r"[!-~]+", token):  # HTTP errors would show a malformed one
+        raise ValueError(f"{path or 'HF_TOKEN'} does not contain a token: expected one word")
     return token
 
 
@@ -143,12 +143,12 @@ def fetch_base(base: str, revision: str | None, token: str | None) -> Path:
         ) from error
     except (OSError, HTTPError) as error:
         raise ValueError(
-            f"{base} is not a folder, and could not be had from the Hub: try --base checkpoints/sam-tiny, which is "
-            f"here. ({one_line(error.__cause__ or error)})"
+            f"{base} is not a folder, and could not be downloaded from the Hub: try --base "
+            f"checkpoints/sam-tiny, which is here. ({one_line(error.__cause__ or error)})"
         ) from error
     if not (folder / "config.json").is_file():
         raise ValueError(
-            f"{base} has no config.json: a SAM v1 checkpoint was expected, as save_pretrained writes it. An adapter "
+            f"{base} has no config.json: expected a SAM v1 checkpoint written by save_pretrained. An adapter "
             "must be merged first: merge_and_unload(), then save_pretrained()."
         )
     try:
@@ -156,7 +156,9 @@ def fetch_base(base: str, revision: str | None, token: str | None) -> Path:
     except ValueError as error:
         raise ValueError(f"The config.json of {base} is not JSON: {error}") from error
     if config.get("model_type") not in ("sam", "sam_split"):
-        raise ValueError(f"{base} is a '{config.get('model_type')}' model, and SAM v1 ('sam', 'sam_split') is needed.")
+        raise ValueError(
+            f"{base}: expected SAM v1 (model_type 'sam' or 'sam_split'), got '{config.get('model_type')}'."
+        )
     if "quantization_config" in config or (folder / "adapter_config.json").is_file():
         raise ValueError(f"{base} is quantized or holds an adapter: save the whole, merged model in full precision.")
     return folder
@@ -173,7 +175,7 @@ def stage(base: Path, folder: Path, max_shard_size: str) -> None:
         base, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
     )
     if problems := [f"{problem}: {', '.join(map(str, keys))}" for problem, keys in loading_info.items() if keys]:
-        raise ValueError(f"{base.name} does not hold the weights of a SAM v1, but has {'; '.join(problems)}.")
+        raise ValueError(f"{base.name} is not a complete SAM v1 checkpoint: {'; '.join(problems)}.")
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     try:
         processor = SamProcessor.from_pretrained(base)
@@ -192,9 +194,9 @@ def check_staged(folder: Path) -> None:
     check_card(folder)
     for path in sorted(folder.iterdir()):
         if not is_ours(path.name):
-            raise ValueError(f"Staging wrote {path.name}, which is no part of a model repo: {', '.join(FILES)}.")
+            raise ValueError(f"Unexpected file {path.name} in the staged folder. Allowed: {', '.join(FILES)}.")
         if path.suffix == ".py" and path.read_bytes() != (ROOT / path.name).read_bytes():
-            raise ValueError(f"The staged {path.name} is not that of this folder.")
+            raise ValueError(f"The staged {path.name} differs from this checkout's.")
 
 
 def is_ours(name: str) -> bool:
@@ -227,7 +229,7 @@ def run_verify(repo: str, base: Path, revision: str | None = None, token: str | 
 
 
 def check_destination(api: HfApi, destination: Destination) -> str | None:
-    """Returns the commit that a push would build on, None if the repo or the branch is still to be made.
+    """Returns the parent commit of a push, None if the repo or branch does not exist yet.
 
     Raises:
         ValueError: If it is clear already that nothing can be pushed.
@@ -261,12 +263,14 @@ def push(api: HfApi, destination: Destination, folder: Path, head: str | None, b
     except (HTTPError, RuntimeError) as error:  # the latter from hf_xet
         raise ValueError(explain(error, destination.repo_id)) from error
     if commit.oid == head:
-        print(f"Nothing was changed: {destination.repo_id} is the same already, so there is no new commit.")
+        print(f"No changes: {destination.repo_id} is up to date, no commit was made.")
     print("Loading it back from the Hub, with empty caches ...", flush=True)
     try:
         run_verify(destination.repo_id, base, commit.oid, token)
     except ValueError as error:
-        raise ValueError(f"Commit {commit.oid} of {destination.repo_id} is on the Hub, but: {error}") from error
+        raise ValueError(
+            f"Commit {commit.oid} was pushed to {destination.repo_id}, but verification failed: {error}"
+        ) from error
     print(
         f"{commit.pr_url or commit.repo_url}\nCommit {commit.oid}, which others load with\n\n"
         f'    AutoModel.from_pretrained("{destination.repo_id}", revision="{commit.oid}", trust_remote_code=True)\n'
@@ -284,7 +288,9 @@ def commit_files(api: HfApi, destination: Destination, folder: Path, head: str |
     files = {path.name: path for path in sorted(folder.iterdir())}
     there = api.list_repo_files(destination.repo_id, revision=head)
     if "adapter_config.json" in there:
-        raise ValueError(f"{destination.repo_id} holds an adapter, which would be loaded on top: choose another repo.")
+        raise ValueError(
+            f"{destination.repo_id} contains an adapter, which transformers would load on top: choose another repo."
+        )
     return api.create_commit(
         destination.repo_id,
         [CommitOperationAdd(name, path) for name, path in files.items()]
@@ -299,11 +305,11 @@ def commit_files(api: HfApi, destination: Destination, folder: Path, head: str |
 def explain(error: Exception, repo_id: str) -> str:
     """Returns what an error of the Hub means for a push, and what to do."""
     reasons = {
-        401: "The Hub does not know the token: make another on its settings page, and run `hf auth login`.",
+        401: "The Hub rejected the token: create a new one in your Hub settings, and run `hf auth login`.",
         403: f"The token may not write to {repo_id}: choose a repo of yours, a token that may, or --create-pr.",
         404: f"{repo_id} is not there, or not for this token: choose a repo of yours, or a token that may write.",
-        409: f"{repo_id} is taken, by a dataset, a Space or somebody who was faster: choose another name.",
-        412: f"Somebody pushed to {repo_id} meanwhile: look at their commit, and run again to push over it.",
+        409: f"{repo_id} is taken by a dataset, a Space, or a concurrent push: choose another name.",
+        412: f"Someone else pushed to {repo_id} in the meantime: check their commit, then run again to replace it.",
         429: "The Hub's rate limit is reached: wait for a while, and run again.",
     }
     if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
@@ -311,5 +317,5 @@ def explain(error: Exception, repo_id: str) -> str:
     if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
         reason = reasons.get(error.response.status_code, "The Hub refused.")
     else:
-        reason = "The connection to the Hub was lost: run the same command again; what was sent is not sent again."
+        reason = "The connection to the Hub was lost: run the command again to continue."
     return f"{reason} ({one_line(error)})"

@@ -17,7 +17,7 @@ from .comparison import compare, processed_outputs
 from .staging import fetch
 
 
-TOLERANCE = 1e-4  # of the largest output, as deep models round differently; weights are compared exactly
+TOLERANCE = 1e-4  # relative to the largest output: rounding differs. Weights must be equal.
 TIED = ("shared_image_embedding.positional_embedding", "prompt_encoder.shared_embedding.positional_embedding")
 TAGS = {"segment-anything", "peft", "lora", "custom_code"}
 
@@ -46,7 +46,7 @@ def verify(repo: str, base: Path, revision: str | None = None) -> dict[str, Any]
 
 
 def stock_model(base: Path) -> PreTrainedModel:
-    """Returns stock `SamModel` in fp32; where `base` is split, with its projections fused."""
+    """Returns `base` as a stock `SamModel` in fp32, fusing q, k and v if it is split."""
     weights = Weights(base)
     settings = json.loads((base / "config.json").read_text(encoding="utf-8"))
     if settings["model_type"] == "sam" and not any(".attn.q." in name for name in weights):
@@ -73,7 +73,7 @@ def compare_weights(folder: Path, base: Path) -> None:
     """Compares every weight on disk, one at a time, without the code that loads them.
 
     Raises:
-        ValueError: If one is missing, superfluous, or not the same numbers.
+        ValueError: If a weight is missing, unexpected or different.
     """
     actual, compared = Weights(folder), set()
     for name, expected in split_weights(Weights(base)):
@@ -84,16 +84,16 @@ def compare_weights(folder: Path, base: Path) -> None:
             tensor = actual[place]
             if tensor.shape != expected.shape or not torch.equal(tensor.double(), expected.double()):
                 raise ValueError(
-                    f"its weight {place} ({tensor.dtype}) is not the base's ({expected.dtype}). If only the types "
-                    "differ, `dtype` in the base's config.json is not that of its weights: correct it."
+                    f"weight {place} ({tensor.dtype}) differs from the base's ({expected.dtype}). If only the dtypes "
+                    "differ, correct `dtype` in the base's config.json."
                 )
         compared |= {*places}
     if added := sorted(actual.keys() - compared):
-        raise ValueError(f"it has weights that its base has not: {', '.join(added)}.")
+        raise ValueError(f"unexpected weights: {', '.join(added)}.")
 
 
 def split_weights(weights: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields names and tensors as a split model should have them: each fused `qkv` as its three thirds of rows."""
+    """Yields names and tensors in the split layout: each fused `qkv` is cut into three."""
     for name in weights:
         if ".attn.qkv." in name:
             for part, tensor in zip("qkv", weights[name].chunk(3), strict=True):
@@ -103,7 +103,7 @@ def split_weights(weights: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, to
 
 
 class Weights(Mapping[str, torch.Tensor]):
-    """The weights in a folder by name, each read when asked for: safetensors, else pickles, from which no code runs.
+    """Lazy mapping from names to the weights in a folder: safetensors, else pickles loaded with `weights_only=True`.
 
     Raises:
         ValueError: If there are none.
@@ -138,11 +138,11 @@ def weight_files(folder: Path) -> list[Path]:
         if index.is_file():
             shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
             return [folder / shard for shard in sorted(set(shards))]
-    raise ValueError(f"{folder.name} holds no weights: expected was model.safetensors or pytorch_model.bin.")
+    raise ValueError(f"{folder.name} holds no weights: expected model.safetensors or pytorch_model.bin.")
 
 
 def check_code(folder: Path) -> None:
-    """Checks that the code runs wherever transformers does.
+    """Checks that the code imports only torch, transformers and its own files.
 
     Raises:
         ValueError: If a file imports something else, or a class of `auto_map` is not there.
@@ -158,25 +158,25 @@ def check_code(folder: Path) -> None:
                 names = [f"{node.module}.py" if node.level else str(node.module)]
             for name in names:
                 if name.split(".")[0] not in allowed and not (folder / name).is_file():
-                    raise ValueError(f"its {path.name} imports {name}, which its users may not have.")
+                    raise ValueError(f"{path.name} imports {name}, which users may not have installed.")
     auto_map = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("auto_map", {})
     for auto_class in ("AutoConfig", "AutoModel", "AutoModelForMaskGeneration"):
         module, _, name = auto_map.get(auto_class, "").partition(".")
         if name not in classes.get(module, ()):
-            raise ValueError(f"its config.json names no class of its own for {auto_class}.")
+            raise ValueError(f"auto_map in config.json has no class of this repo for {auto_class}.")
 
 
 def check_card(folder: Path) -> None:
     """Checks what the Hub reads from the model card.
 
     Raises:
-        ValueError: If it would not be found as what it is.
+        ValueError: If metadata that the Hub needs are missing.
     """
     data = ModelCard.load(folder / "README.md").data
     expected = {"library_name": "transformers", "pipeline_tag": "mask-generation"}
     for name, value in expected.items():
         if data.get(name) != value:
-            raise ValueError(f"its model card has {name}: {data.get(name)}, and not {value}.")
+            raise ValueError(f"model card: expected {name}: {value}, got {data.get(name)}.")
     if not data.license:
         raise ValueError("its model card names no licence.")
     if missing := TAGS - set(data.tags or ()):

@@ -63,7 +63,7 @@ def main(
     model = AutoModel.from_pretrained(repo, trust_remote_code=True).to(DEVICE)
     model = PeftModel.from_pretrained(model, adapter)  # merge_and_unload() gives a model without PEFT
     after = mean_iou(model, processor, pairs)
-    print(f"Mean IoU: {before:.3f} before, {after:.3f} after. Validate on images of their own in earnest.")
+    print(f"Mean IoU: {before:.3f} before, {after:.3f} after. For real use, validate on separate images.")
     return before, after
 
 

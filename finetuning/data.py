@@ -27,7 +27,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", *MASK_SUFFIXES)
 
 
 class DataError(ValueError):
-    """What is wrong with the files, one line each."""
+    """Problems with the input files, one line per problem."""
 
     def __init__(self, problems: Iterable[str], most: int = 20):
         problems = list(problems)
@@ -36,7 +36,7 @@ class DataError(ValueError):
 
 
 class Source(ABC):
-    """Where an image and its labels come from."""
+    """A source of one image and its labels."""
 
     name: str
 
@@ -79,8 +79,8 @@ class CocoImage(Source):
         image = read_image(self.image)
         if image.shape[:2] != self.size:
             raise ValueError(
-                f"{self.image}: has {image.shape[1]} x {image.shape[0]} pixels, and the annotations say "
-                f"{self.size[1]} x {self.size[0]}."
+                f"{self.image}: expected {self.size[1]} x {self.size[0]} pixels (from the annotations), "
+                f"got {image.shape[1]} x {image.shape[0]}."
             )
         labels = np.zeros(self.size, dtype=np.int64)
         annotation: dict[str, Any] = {}
@@ -88,14 +88,14 @@ class CocoImage(Source):
             areas = []
             for annotation in self.annotations:
                 areas.append(int(coco_mask.area(self.coco.annToRLE(annotation))))
-            # The smaller last, as an object inside another's outline would else vanish.
+            # Smallest last, otherwise a larger outline would cover an object inside it.
             order = sorted(range(len(areas)), key=areas.__getitem__, reverse=True)
             for number, index in enumerate(order, start=1):
                 annotation = self.annotations[index]
                 labels[self.coco.annToMask(annotation).astype(bool)] = number
-        except Exception as error:  # pycocotools raises whatever its C code meets
+        except Exception as error:  # pycocotools raises many exception types from its C code
             raise ValueError(
-                f"{self.image}: the segmentation of annotation {annotation.get('id')} is broken: {error}"
+                f"{self.image}: invalid segmentation in annotation {annotation.get('id')}: {error}"
             ) from error
         return image, labels
 
@@ -117,7 +117,7 @@ class Coins(Source):
 
 
 def paired_files(images: Path, masks: Path) -> list[Source]:
-    """Pairs the image and mask files of two folders that have the same name but for the suffix.
+    """Pairs image and mask files of the same name (without suffix) in two folders.
 
     Raises:
         DataError: With every file that has no partner, or more than one.
@@ -132,7 +132,10 @@ def paired_files(images: Path, masks: Path) -> list[Source]:
             if path.name.startswith(".") or not path.is_file():
                 continue
             if path.suffix.lower() not in suffixes:
-                problems.append(f"{path}: is none of {', '.join(suffixes)}. Convert it, or take it out of the folder.")
+                problems.append(
+                    f"{path}: unsupported file type, expected one of {', '.join(suffixes)}. Convert it or remove "
+                    "it from the folder."
+                )
             elif path.stem in by_stem:
                 problems.append(f"{path}: has the same name as {by_stem[path.stem]}.")
             else:
@@ -140,9 +143,7 @@ def paired_files(images: Path, masks: Path) -> list[Source]:
         files_by_stem.append(by_stem)
     (by_image, by_mask), folders = files_by_stem, (masks, images)
     for alone, other, folder in ((by_image, by_mask, folders[0]), (by_mask, by_image, folders[1])):
-        problems += [
-            f"{path}: has no partner {stem}.* in {folder}." for stem, path in alone.items() if stem not in other
-        ]
+        problems += [f"{path}: no file {stem}.* in {folder}." for stem, path in alone.items() if stem not in other]
     if not problems and not by_image:
         problems = [f"{images} holds no image ({', '.join(IMAGE_SUFFIXES)})."]
     if problems:
@@ -154,7 +155,7 @@ def coco_images(images: Path, annotations: Path) -> tuple[list[Source], list[str
     """Reads the polygons and run-length masks of a COCO file; regions marked as crowds are left out.
 
     Returns:
-        The images that have annotations, and what was left out, in words.
+        The images that have annotations, and notes on what was left out.
 
     Raises:
         DataError: If the file is not COCO, or names images that are not there.
@@ -174,32 +175,32 @@ def coco_images(images: Path, annotations: Path) -> tuple[list[Source], list[str
     except (OSError, json.JSONDecodeError, AssertionError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise DataError([f"{annotations}: not a COCO annotation file: {type(error).__name__} {error}."]) from error
     problems = [
-        f"{source.image}: is named in {annotations}, but not there."
+        f"{source.image}: listed in {annotations}, but the file does not exist."
         for source in sources
         if not source.image.is_file()
     ]
     unknown = {a["image_id"] for a in coco.anns.values()} - set(coco.imgs)
-    problems += [f"{annotations}: has annotations of image {key}, which it does not list." for key in sorted(unknown)]
+    problems += [f"{annotations}: annotations refer to image {key}, which is not listed." for key in sorted(unknown)]
     if not sources:
         problems.append(f"{annotations}: annotates no object.")
     if problems:
         raise DataError(problems)
     left_out = (
-        (len(coco.imgs) - len(sources), "images are left out: they have no annotations"),
-        (len(coco.anns) - sum(map(len, objects.values())), "annotations are left out: they mark crowds"),
+        (len(coco.imgs) - len(sources), "images without annotations left out"),
+        (len(coco.anns) - sum(map(len, objects.values())), "crowd annotations left out"),
     )
     return list(sources), [f"{number} {what}" for number, what in left_out if number]
 
 
 def read_image(path: Path) -> np.ndarray:
-    """Returns an image file as (H, W, 3) uint8; 16-bit pixels are scaled so that its darkest is 0, its lightest 255.
+    """Returns an image file as (H, W, 3) uint8; 16-bit pixels are scaled linearly from [min, max] to [0, 255].
 
     Raises:
         ValueError: If it cannot be read, or is no such image.
     """
     pixels = read_pixels(path, convert_palette=True)
     if pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[2] > 4):
-        raise ValueError(f"{path}: has the shape {pixels.shape}; expected one image, grey, RGB or RGBA.")
+        raise ValueError(f"{path}: expected one grey, RGB or RGBA image, got an array of shape {pixels.shape}.")
     pixels = as_rgb(pixels)
     if pixels.dtype == np.uint16:
         low, high = int(pixels.min()), int(pixels.max())
@@ -207,7 +208,7 @@ def read_image(path: Path) -> np.ndarray:
     elif pixels.dtype == bool:
         pixels = pixels.astype(np.uint8) * 255
     elif pixels.dtype != np.uint8:
-        raise ValueError(f"{path}: has pixels of type {pixels.dtype}; expected 8 or 16 bits without sign.")
+        raise ValueError(f"{path}: expected uint8 or uint16 pixels, got {pixels.dtype}.")
     return pixels
 
 
@@ -230,16 +231,16 @@ def read_mask(path: Path) -> np.ndarray:
         labels = labels[..., 0]
     if labels.ndim != 2 or labels.dtype.kind not in "biu":
         raise ValueError(
-            f"{path}: has the shape {labels.shape} and the type {labels.dtype}; expected one integer per pixel, "
-            "0 for background and another for each object."
+            f"{path}: expected a 2-D integer mask (0 = background, one number per object), got shape {labels.shape} "
+            f"and dtype {labels.dtype}."
         )
     if labels.size and labels.min() < 0:
-        raise ValueError(f"{path}: has the negative label {labels.min()}; expected 0 for background, and more.")
+        raise ValueError(f"{path}: negative label {labels.min()}; labels must be 0 (background) or positive.")
     return labels.astype(np.int64)
 
 
 def read_pixels(path: Path, convert_palette: bool) -> np.ndarray:
-    """Returns the pixels of an image file, as they are in it but for the orientation.
+    """Returns the pixels of an image file unchanged, except that EXIF orientation is applied.
 
     Raises:
         ValueError: If it cannot be read.
@@ -254,7 +255,7 @@ def read_pixels(path: Path, convert_palette: bool) -> np.ndarray:
             if image.mode == "CMYK" or (convert_palette and image.mode == "P"):
                 image = image.convert("RGB")
             return np.array(image)  # a copy, as torchvision warns of arrays that are not writable
-    except Exception as error:  # the decoders raise whatever they meet
+    except Exception as error:  # decoders raise many exception types
         raise ValueError(f"{path}: cannot be read: {error}") from error
 
 

@@ -1,4 +1,4 @@
-"""What training minimises and validation reports, for each object at the resolution of the predicted masks."""
+"""Training loss and validation metrics, per object, at the resolution of the predicted masks."""
 
 import torch
 import torch.nn.functional as F
@@ -9,9 +9,9 @@ from checkpoint_tools.masks import best_rated, mask_iou
 
 
 class MaskLoss:
-    """Focal loss or cross-entropy, plus dice, of the best mask, plus the squared error of all masks' rated IoU.
+    """(Focal or cross-entropy) + dice loss of the best mask, plus the squared error of the predicted IoU of all masks.
 
-    As in Segment Anything (https://arxiv.org/abs/2304.02643, appendix A), where focal loss counts 20 times.
+    As in Segment Anything (https://arxiv.org/abs/2304.02643, appendix A), where focal loss has weight 20.
 
     Args:
         kind: `focal` or `cross-entropy`.
@@ -26,13 +26,13 @@ class MaskLoss:
         labels: torch.Tensor,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        """Returns the mean over all objects of the optimizer step, as far as they are in this batch.
+        """Returns this batch's share of the mean over all objects of the optimizer step.
 
         Args:
             outputs: With masks (B, objects, masks, H, W).
-            labels: Of the objects (B, objects, H, W): 1 in it, 0 beside it, negative where nothing counts.
-            num_items_in_batch: Entries of `labels` in the whole step, as `Trainer` counts them, over its accumulated
-                batches and processes; None if this is all of it.
+            labels: Targets (B, objects, H, W): 1 = object, 0 = background, negative = ignored.
+            num_items_in_batch: Number of `labels` entries in the whole optimizer step (all accumulated batches
+                and ranks); None if this batch is the whole step.
         """
         logits = outputs.pred_masks.float().flatten(-2)
         labels = labels.unsqueeze(2).flatten(-2)
@@ -61,7 +61,7 @@ def focal(logits: torch.Tensor, targets: torch.Tensor, alpha: float = 0.25, gamm
 def dice(logits: torch.Tensor, targets: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     """One minus the Dice coefficient of each mask (V-Net, https://arxiv.org/abs/1606.04797), smoothed by 1.
 
-    With plain sums in the denominator, where V-Net has squares, as is common for SAM.
+    The denominator has plain sums, as is usual for SAM; V-Net has squares.
     """
     probabilities, targets = logits.sigmoid() * counts, targets * counts
     overlap = (probabilities * targets).sum(-1)
@@ -70,19 +70,19 @@ def dice(logits: torch.Tensor, targets: torch.Tensor, counts: torch.Tensor) -> t
 
 @torch.no_grad()
 def intersection_over_union(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """IoU of masks (..., pixels) with labels, where these are not negative."""
+    """IoU of masks (..., pixels) and labels; pixels with negative labels are ignored."""
     return mask_iou((logits > 0) & (labels >= 0), labels > 0)
 
 
 def object_scores(predictions: tuple[torch.Tensor, ...], labels: torch.Tensor) -> torch.Tensor:
-    """Scores the mask of each object which the model itself rates best; `Trainer` gathers these and not the masks.
+    """Scores, per object, the mask with the highest predicted IoU. `Trainer` then gathers scores instead of masks.
 
     Args:
         predictions: IoU ratings (B, objects, masks) and masks (B, objects, masks, H, W).
-        labels: (B, objects, H, W), of -100 for objects that fill up an image with fewer than another process has.
+        labels: (B, objects, H, W), -100 for padding objects: added where another rank's image has more objects.
 
     Returns:
-        IoU, and error of its rating, of each object (B, objects, 2), NaN where there is none.
+        (B, objects, 2): IoU, and the absolute error of the predicted IoU; NaN for padding objects.
     """
     ratings, masks = best_rated(*predictions[:2])
     labels = labels.flatten(-2)
@@ -93,7 +93,7 @@ def object_scores(predictions: tuple[torch.Tensor, ...], labels: torch.Tensor) -
 
 
 class MaskMetrics:
-    """Collects `object_scores` batch by batch, for `Trainer` with `batch_eval_metrics`, and sums them up."""
+    """Collects `object_scores` batch by batch, for `Trainer` with `batch_eval_metrics`, and averages them."""
 
     def __init__(self) -> None:
         self.scores: list[torch.Tensor] = []
@@ -103,7 +103,7 @@ class MaskMetrics:
         self.scores.append(torch.as_tensor(prediction.predictions).flatten(0, -2))
         if not compute_result:
             return {}
-        scores = torch.cat(self.scores).cpu().double()  # Apple's GPUs have no float64
+        scores = torch.cat(self.scores).cpu().double()  # MPS has no float64
         self.scores.clear()
         iou, rating_error = scores[~scores.isnan().any(-1)].T
         return {

@@ -15,11 +15,11 @@ from checkpoint_tools.staging import split_class
 from .settings import Settings
 
 
-ONLY_IN_LAYERS = {"q", "k", "v"}  # the other names of the vision layers' Linears are found in the decoder as well
+ONLY_IN_LAYERS = {"q", "k", "v"}  # proj, lin1 and lin2 also exist in the decoder
 
 
 class ModelError(ValueError):
-    """The base model cannot be loaded, or not be trained as asked for, in one line."""
+    """The base model cannot be loaded, or cannot be trained with these settings."""
 
 
 def load_base(
@@ -28,7 +28,7 @@ def load_base(
     """Loads any SAM v1 checkpoint, stock or split, as a split model in fp32, and its processor.
 
     Raises:
-        ModelError: If there is none, or it and its processor do not fit each other.
+        ModelError: If the checkpoint cannot be loaded, or its processor has another image size.
     """
     options = {"quantization_config": quantization_config} if quantization_config else {}
     try:
@@ -39,12 +39,12 @@ def load_base(
         raise ModelError(f"{base}: not a SAM v1 checkpoint with a processor: {str(error).splitlines()[0]}") from error
     side, expected = processor.image_processor.size["longest_edge"], model.config.vision_config.image_size
     if side != expected:
-        raise ModelError(f"{base}: its processor makes images of {side} pixels, the model takes {expected}.")
+        raise ModelError(f"{base}: the processor resizes to {side} pixels, but the model expects {expected}.")
     return model, processor
 
 
 def four_bits(bf16: bool) -> BitsAndBytesConfig:
-    """QLoRA's settings (https://arxiv.org/abs/2305.14314); the mask decoder, which is small, stays as it is."""
+    """QLoRA's settings (https://arxiv.org/abs/2305.14314); the mask decoder is small and stays in full precision."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -55,7 +55,7 @@ def four_bits(bf16: bool) -> BitsAndBytesConfig:
 
 
 def make_trainable(model: PreTrainedModel, settings: Settings) -> PreTrainedModel | PeftModel:
-    """Returns `model` with adapters, or itself, so that what `settings` ask for is trained and all else is frozen.
+    """Freezes everything except what `settings` train. Returns `model`, wrapped in a `PeftModel` for LoRA.
 
     Raises:
         ModelError: If it has no such layers.
@@ -80,7 +80,7 @@ def lora_config(model: PreTrainedModel, settings: Settings) -> LoraConfig:
     """
     targets = vision_targets(model, settings.target, settings.last_layers)
     if settings.train_decoder == "lora":
-        targets += ["q_proj", "v_proj"]  # which the vision encoder does not have
+        targets += ["q_proj", "v_proj"]  # names that only the decoder has
     return LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
@@ -89,14 +89,14 @@ def lora_config(model: PreTrainedModel, settings: Settings) -> LoraConfig:
         modules_to_save=decoder_modules(model) if settings.train_decoder == "full" else None,
         use_dora=settings.dora,
         use_rslora=settings.rslora,
-        task_type="FEATURE_EXTRACTION",  # without one PEFT notes the hashed name of a code file
+        task_type="FEATURE_EXTRACTION",  # without it, PEFT saves the hashed name of a cached code file
     )
 
 
 def vision_targets(model: PreTrainedModel, names: Sequence[str], last_layers: int | None) -> list[str]:
-    """Returns what PEFT's `target_modules` is to be: short names where they are clear, else full ones.
+    """Returns the value of PEFT's `target_modules`: short names where they are unambiguous, otherwise full paths.
 
-    `layers_to_transform` is of no use, as it would also choose among the decoder's layers.
+    `layers_to_transform` cannot be used: it would also select decoder layers.
     """
     num_layers = model.config.vision_config.num_hidden_layers
     if last_layers is not None and not 1 <= last_layers <= num_layers:
@@ -116,7 +116,7 @@ def vision_targets(model: PreTrainedModel, names: Sequence[str], last_layers: in
 
 
 def decoder_modules(model: PreTrainedModel) -> list[str]:
-    """Returns the modules that hold the decoder's weights; PEFT 0.18 cannot call the decoder as a whole."""
+    """Returns the decoder's leaf modules, because PEFT 0.18 cannot wrap the whole decoder."""
     return [
         f"mask_decoder.{path}"
         for path, module in model.mask_decoder.named_modules()
@@ -125,7 +125,7 @@ def decoder_modules(model: PreTrainedModel) -> list[str]:
 
 
 def trained(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """Returns `model`, a fresh base, with the adapter in `folder` merged, or else the whole model that is there."""
+    """Returns the trained model in `folder`: its adapter merged into the fresh base `model`, or the whole model."""
     if (folder / "adapter_config.json").exists():
         return PeftModel.from_pretrained(model, folder).merge_and_unload()
     return split_class().from_pretrained(folder)
@@ -134,7 +134,9 @@ def trained(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
 def load_trained(
     adapter: str, base: str | None = None, revision: str | None = None
 ) -> tuple[PreTrainedModel, SamProcessor]:
-    """Loads an adapter, merged into its base, which it names if it is not given, and the base's processor.
+    """Loads a base and merges an adapter into it. Returns model and processor.
+
+    The default base is the one that the adapter names.
 
     Raises:
         ModelError: If there is none, or the base is not one.

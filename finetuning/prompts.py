@@ -1,4 +1,4 @@
-"""Draws prompts from labels, and makes of images, labels and prompts what the model takes."""
+"""Samples prompts from labels, and turns images, labels and prompts into model inputs."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,16 +13,16 @@ from .samples import Sample, Window, shrink, visible
 
 
 KINDS = {"point": ("point",), "box": ("box",), "mixed": ("point", "box")}
-PADDING = -10  # SAM's label for points that are none
-OUTSIDE = -1  # in targets: beyond the image, where masks are cropped anyway
+PADDING = -10  # SAM's label for padding points
+OUTSIDE = -1  # target value for the padding outside the image; ignored by the loss
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """What the model is told of an object: points in it and beside it, or its box.
+    """How an object is prompted: with points inside and outside, or with its box.
 
     Args:
-        kind: `point`, `box`, or `mixed`, which takes turns.
+        kind: `point`, `box`, or `mixed`, which alternates between steps.
         points: Points in the object.
         negative_points: Points beside it.
         jitter: Standard deviation of the noise on box corners in training, as a share of the box's sides: 10 % as in
@@ -41,7 +41,7 @@ class Prompts:
 
 
 class ItemEncoder:
-    """Makes model inputs of an image, its labels and prompts for some of its objects.
+    """Builds model inputs from an image, its labels, and prompts for some objects.
 
     Args:
         processor: The model's.
@@ -84,16 +84,17 @@ class ItemEncoder:
 
 
 class TrainingSet(Dataset):
-    """All that training draws, in order: item i depends on the seed and on i alone.
+    """The training items in order.
 
-    So neither an interruption, nor worker processes, nor how a step is divided among machines changes anything.
+    Item i depends only on the seed and i, so interruptions, worker processes and the number of ranks do not change
+    training.
 
     Args:
-        samples: What to draw from; each is drawn once before any is drawn again.
+        samples: Samples, drawn without replacement in each pass.
         encode: Makes model inputs.
         size: Items to draw in all.
         step_size: Items of one optimizer step, which get prompts of the same kind.
-        objects: Objects to draw of each sample, of which some may be the same, with other prompts.
+        objects: Objects per item. They may repeat, with different prompts.
         augment: `none`, `crop` to draw a part and mirror it, or `turn` to turn it too.
         min_area: Objects that show less than this many pixels of the predicted masks are not drawn.
         seed: Of everything drawn.
@@ -143,7 +144,7 @@ class TrainingSet(Dataset):
             return image, labels, sample.ids
         ids = sample.ids
         window: Window = np.s_[:, :]
-        for _ in range(10):  # then it is the whole
+        for _ in range(10):  # after ten attempts, use the whole sample
             size = [max(1, int(edge * rng.uniform(0.6, 1))) for edge in labels.shape]
             top, left = (int(rng.integers(full - part + 1)) for full, part in zip(labels.shape, size, strict=True))
             part = np.s_[top : top + size[0], left : left + size[1]]
@@ -165,8 +166,8 @@ class ValidationSet(Dataset):
     Args:
         samples: What to validate on.
         encode: Makes model inputs.
-        objects: Objects of an item at most; those of an image that has more are divided among several.
-        seed: Of further points.
+        objects: Maximum objects per item. Images with more objects become several items.
+        seed: Seed of the points after the first.
     """
 
     def __init__(self, samples: list[Sample], encode: ItemEncoder, objects: int = 32, seed: int = 0):
@@ -223,9 +224,9 @@ def draw_points(
 
 
 def deepest(mask: np.ndarray) -> np.ndarray:
-    """The (row, column) in `mask` that is farthest from what is not."""
+    """Returns the (row, column) of the mask pixel farthest from the mask's border."""
     left, top, right, bottom = (int(edge) for edge in box_of(mask))
-    part = np.pad(mask[top : bottom + 1, left : right + 1], 1)  # the rest of a large image is of no interest
+    part = np.pad(mask[top : bottom + 1, left : right + 1], 1)  # crop first: large images are slow
     depth = ndimage.distance_transform_edt(part)[1:-1, 1:-1]
     row, column = np.unravel_index(depth.argmax(), depth.shape)
     return np.array([row + top, column + left])

@@ -1,4 +1,4 @@
-"""The recipe: from settings to a trained adapter or model, with its metrics, and back to an interrupted run."""
+"""The fine-tuning recipe: trains an adapter or a model from settings, evaluates it, and resumes interrupted runs."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ from .settings import Settings, SettingsError
 from .training import build_trainer, build_training_args, metrics_of
 
 
-# What may differ when a run is resumed: the result is the same.
+# Settings that may change on resume, because they do not affect the result.
 NOT_PART_OF_THE_RUN = {"resume", "output", "force", "export", "push_to_hub", "workers", "minutes"}
 
 
@@ -36,10 +36,10 @@ def finetune(settings: Settings) -> None:
         SettingsError: If the settings do not fit the machine, or the run to be resumed.
         FileExistsError: If the output folder is in use.
     """
-    training_args = build_training_args(settings)  # first, as it joins the other processes
+    training_args = build_training_args(settings)  # first: this initialises the process group
     is_main = training_args.process_index == 0
     say = print if is_main else lambda *_: None
-    huggingface_hub.logging.set_verbosity_error()  # else it logs every retry without a network
+    huggingface_hub.logging.set_verbosity_error()  # otherwise it logs every retry when offline
     if settings.push_to_hub:
         require_login()
 
@@ -50,7 +50,7 @@ def finetune(settings: Settings) -> None:
     mask_side = 4 * model.prompt_encoder.image_embedding_size[0]
     parts, about_data = read_data(settings, mask_side)
     objects = {name: sum(len(s.ids) for s in getattr(parts, name)) for name in ("train", "validation")}
-    say(f"{about_data}: {objects['train']} objects to learn from, {objects['validation']} to validate on.")
+    say(f"{about_data}: {objects['train']} training objects, {objects['validation']} validation objects.")
     for note in parts.notes:
         say(f"  {note}")
     model = make_trainable(model, settings)
@@ -69,10 +69,10 @@ def finetune(settings: Settings) -> None:
     after = metrics_of(trainer.evaluate())
 
     folder = settings.output / ("adapter" if isinstance(model, PeftModel) else "model")
-    trainer.save_model(str(folder))  # by all processes, which may each hold a part of it
+    trainer.save_model(str(folder))  # on all ranks: each may hold a shard
     if not is_main:
         return
-    (folder / "training_args.bin").unlink()  # a pickle, for no one but Trainer
+    (folder / "training_args.bin").unlink()  # a pickle that only Trainer reads
     metrics = {
         "base": settings.base,
         "revision": settings.revision,
@@ -86,14 +86,14 @@ def finetune(settings: Settings) -> None:
         "best_step": trainer.state.best_global_step,
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,
-        "peak_gigabytes": (peak_memory() - loaded) / 1e9,  # above what it took to load all
+        "peak_gigabytes": (peak_memory() - loaded) / 1e9,  # relative to memory after loading
         "history": trainer.state.log_history,
     }
     write_results(settings, folder, metrics, trainer.eval_dataset)
 
 
 def require_login() -> None:
-    """Finds out before training whether there is someone to upload as.
+    """Checks before training that the Hub accepts the token.
 
     Raises:
         SettingsError: If not.
@@ -102,12 +102,12 @@ def require_login() -> None:
         huggingface_hub.HfApi().whoami()
     except Exception as error:  # no token, a wrong one, no network
         raise SettingsError(
-            f"--push-to-hub: the Hub does not know you. Run hf auth login. ({type(error).__name__})"
+            f"--push-to-hub: not logged in to the Hub. Run `hf auth login`. ({type(error).__name__})"
         ) from None
 
 
 def read_data(settings: Settings, mask_side: int) -> tuple[TrainValidationParts, str]:
-    """Returns the samples, and their description in words."""
+    """Returns the samples, and a sentence that describes them."""
     notes: list[str] = []
     if settings.images and settings.coco:
         sources, notes = coco_images(settings.images, settings.coco)
@@ -125,17 +125,17 @@ def read_data(settings: Settings, mask_side: int) -> tuple[TrainValidationParts,
 
 
 def parameter_counts(model: torch.nn.Module) -> tuple[int, int]:
-    """Returns the trainable parameters and all, of which PEFT knows those in 4 bits."""
+    """Returns the numbers of trainable and of all parameters; PEFT counts packed 4-bit weights correctly."""
     if isinstance(model, PeftModel):
         return model.get_nb_trainable_parameters()
     return sum(p.numel() for p in model.parameters() if p.requires_grad), sum(p.numel() for p in model.parameters())
 
 
 def start(settings: Settings, parts: TrainValidationParts, world_size: int, is_main: bool) -> str | None:
-    """Notes the settings in the output folder, or finds there the checkpoint to go on from.
+    """Writes the settings into the output folder; with `resume`, returns the checkpoint to continue from.
 
     Raises:
-        SettingsError: If the folder holds something else, or what is to be resumed had other settings.
+        SettingsError: If the folder belongs to something else, or the interrupted run had other settings.
         FileExistsError: If it is in use.
     """
     file = settings.output / "settings.json"
@@ -147,16 +147,16 @@ def start(settings: Settings, parts: TrainValidationParts, world_size: int, is_m
         if changed := [name for name in run if run[name] != earlier.get(name)]:
             differences = ", ".join(f"{name} {earlier.get(name)} then and {run[name]} now" for name in changed)
             raise SettingsError(f"--resume: {settings.output} was started with other settings: {differences}.")
-        # The state is written last: a checkpoint without one was interrupted.
+        # trainer_state.json is written last: a checkpoint without it is incomplete.
         complete = [state.parent for state in settings.output.glob("checkpoints/checkpoint-*/trainer_state.json")]
         if not complete:
             return None
         last = max(complete, key=lambda folder: int(folder.name.split("-")[1]))
         best = json.loads((last / "trainer_state.json").read_text())["best_model_checkpoint"]
-        if best and not Path(best).is_dir():  # transformers would end with the last weights instead
+        if best and not Path(best).is_dir():  # otherwise transformers would silently export the last weights
             raise SettingsError(
-                f"--resume: the best checkpoint so far was {best}, which is not there: move {settings.output} "
-                "back, or start from the folder in which it was started."
+                f"--resume: the best checkpoint {best} does not exist: move {settings.output} back, or run from the "
+                "original working directory."
             )
         return str(last)
     if is_main:
@@ -164,14 +164,14 @@ def start(settings: Settings, parts: TrainValidationParts, world_size: int, is_m
             raise SettingsError(
                 f"--force: {settings.output} is not the output of an earlier run; choose another --output."
             )
-        # A new folder, as an earlier run's checkpoints would be taken for this one's.
+        # Start in a new folder, so that checkpoints of an earlier run are not mistaken for this run's.
         with staged(settings.output, force=settings.force) as folder:
             (folder / file.name).write_text(json.dumps(run, indent=2) + "\n")
     return None
 
 
 def digest(parts: TrainValidationParts) -> str:
-    """Differs if images or objects have come or gone, with which a run would validate on what it learnt from."""
+    """Returns a hash of the samples. With other data, a resumed run could validate on objects it was trained on."""
     samples = [
         (name, Path(sample.source.name).name, str(sample.window), sample.ids.tolist())
         for name in ("train", "validation")
@@ -181,7 +181,7 @@ def digest(parts: TrainValidationParts) -> str:
 
 
 def peak_memory() -> float:
-    """The most bytes that this process has held: of the GPU, or where there is none, of memory."""
+    """Returns the peak memory of this process in bytes: GPU memory, or resident memory without a GPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     if sys.platform == "win32":

@@ -1,4 +1,4 @@
-"""What is left of a fine-tuning: metrics, pictures, a model card, whole models, and the upload."""
+"""Writes the results of fine-tuning: metrics, pictures, model card, exported models; uploads them."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ NUM_PICTURES = 3
 
 
 def write_results(settings: Settings, folder: Path, metrics: dict[str, Any], validation: ValidationSet) -> None:
-    """Writes into the output folder what follows from the weights that were saved in `folder`, and says where."""
+    """Writes metrics, pictures and exports of the weights in `folder` to the output folder, and prints their paths."""
     (settings.output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     card(settings, metrics, is_adapter=folder.name == "adapter").save(folder / "README.md")
     before, after = metrics["before"]["iou"], metrics["after"]["iou"]
@@ -61,7 +61,7 @@ def write_results(settings: Settings, folder: Path, metrics: dict[str, Any], val
         error = max(relative_error(theirs, ours) for (_, ours), (_, theirs) in pairs)
         print(
             f"Back in stock SamModel ({settings.output / 'sam'}): {'the same masks' if same else 'OTHER MASKS'}, "
-            f"logits differ by {error:.1e} of the largest at most."
+            f"logits differ by {error:.1e} at most, relative to the largest."
         )
     if settings.push_to_hub:
         hub = HfApi()
@@ -73,7 +73,7 @@ def write_results(settings: Settings, folder: Path, metrics: dict[str, Any], val
 def predict(
     model: PreTrainedModel, validation: ValidationSet, index: int, multimask: bool
 ) -> tuple[np.ndarray, torch.Tensor]:
-    """Returns the best-rated masks of an item (objects, H, W), as large as the image, and all logits."""
+    """Returns, per object, the mask with the highest predicted IoU (objects, H, W), at image size, and all logits."""
     batch = Collator(multimask)([validation[index]])
     labels = batch.pop("labels")[0]
     outputs = model(**batch)
@@ -85,7 +85,7 @@ def predict(
 
 
 def picture_row(validation: ValidationSet, index: int, masks: dict[str, np.ndarray]) -> dict[str, Any]:
-    """What `plot_masks` takes of an item."""
+    """Returns one item's row for `plot_masks`."""
     image, _ = validation.items[index][0].read()
     item = validation[index]
     scale = max(image.shape[:2]) / item["pixel_values"].shape[-1]
@@ -96,7 +96,7 @@ def picture_row(validation: ValidationSet, index: int, masks: dict[str, np.ndarr
 
 
 def card(settings: Settings, metrics: dict[str, Any], is_adapter: bool) -> ModelCard:
-    """Says what was trained on what, and how well it did."""
+    """Returns the model card: data, settings and metrics."""
     base = Path(settings.base).name if Path(settings.base).is_dir() else settings.base
     data = ModelCardData(
         base_model=None if Path(settings.base).is_dir() else settings.base,
@@ -113,7 +113,7 @@ def card(settings: Settings, metrics: dict[str, Any], is_adapter: bool) -> Model
         f"# {base}, fine-tuned",
         f"{'Adapter for the split SAM of' if is_adapter else 'Split SAM, from'} `{base}`"
         f"{f', revision `{settings.revision}`' if settings.revision else ''}. Data: {metrics['data']}, "
-        f"{metrics['objects']['train']} objects to learn from, {metrics['objects']['validation']} to validate on.",
+        f"{metrics['objects']['train']} training objects, {metrics['objects']['validation']} validation objects.",
         f"Best of {metrics['steps']} steps, prompts: {settings.prompt}. On the validation objects, at the "
         "resolution of the model's masks:",
         "\n".join(["| | before | after |", "|---|---|---|", *rows]),

@@ -1,4 +1,4 @@
-"""Chooses what to learn from and what to validate on, whole images or tiles of them."""
+"""Divides the data into training and validation samples: images, or tiles of images."""
 
 import functools
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ Window = tuple[slice, slice]
 
 @dataclass(frozen=True)
 class Sample:
-    """A part of an image, and the labels of the objects that it is to teach or to test."""
+    """A window of an image, and the ids of the objects used from it."""
 
     source: Source
     window: Window
@@ -27,7 +27,7 @@ class Sample:
         return image[self.window], labels[self.window]
 
 
-@functools.lru_cache(maxsize=8)  # the images may be large, and many tiles be of the same
+@functools.lru_cache(maxsize=8)  # images may be large, and many tiles share one
 def read_cached(source: Source) -> tuple[np.ndarray, np.ndarray]:
     """Reads a source, and keeps the last ones in memory."""
     return source.read()
@@ -35,7 +35,7 @@ def read_cached(source: Source) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass
 class TrainValidationParts:
-    """The samples to learn from and to validate on, and what was left out, in words."""
+    """The training and validation samples, and notes on what was left out."""
 
     train: list[Sample]
     validation: list[Sample]
@@ -53,7 +53,7 @@ def train_validation_parts(
 ) -> TrainValidationParts:
     """Reads everything once, keeps whole images for validation, and cuts all into tiles.
 
-    Of a single image a part is held out, and the objects that reach into both parts teach and test nothing.
+    Of a single image, a part is held out; objects that reach into both parts are left out.
 
     Args:
         sources: Where the images and labels come from.
@@ -89,18 +89,20 @@ def train_validation_parts(
     notes = [
         f"{number} {what}"
         for number, what in (
-            (spanning, "objects reach from the training into the validation part and are left out of both"),
+            (spanning, "objects cross the border between training and validation part and are left out of both"),
             (
                 fragments,
-                f"objects or cut-off parts of them are left out: under {min_area} pixels of the model's masks",
+                "objects (or parts cut off by a tile) are left out: "
+                f"smaller than {min_area} pixels in the predicted masks",
             ),
             (empty, "images or tiles are left out: they show no object"),
         )
         if number
     ]
-    for purpose, is_validation in (("learn from", False), ("validate on", True)):
+    for purpose, is_validation in (("training", False), ("validation", True)):
         if not samples[is_validation]:
-            raise DataError([f"There is no object to {purpose}. Give more images, or another --validation.", *notes])
+            advice = "Add images, or change --validation, --tile or --min-area."
+            raise DataError([f"No {purpose} objects left. {advice}", *notes])
     return TrainValidationParts(samples[False], samples[True], notes)
 
 
@@ -108,7 +110,7 @@ def check(sources: list[Source]) -> list[tuple[int, int]]:
     """Returns the (height, width) of each image.
 
     Raises:
-        DataError: With all that is wrong with any of them.
+        DataError: With every problem of every image.
     """
     sizes, problems = [], []
     for source in tqdm(sources, desc="Reading", unit="image", disable=len(sources) < 50):
@@ -117,8 +119,8 @@ def check(sources: list[Source]) -> list[tuple[int, int]]:
             sizes.append(labels.shape)
             if image.shape[:2] != labels.shape:
                 raise ValueError(
-                    f"{source.name}: the image has {image.shape[1]} x {image.shape[0]} pixels and its mask "
-                    f"{labels.shape[1]} x {labels.shape[0]}; they must agree."
+                    f"{source.name}: expected a mask of {image.shape[1]} x {image.shape[0]} pixels (the image's "
+                    f"size), got {labels.shape[1]} x {labels.shape[0]}."
                 )
         except (ValueError, OSError) as error:
             problems.append(str(error))
@@ -128,7 +130,7 @@ def check(sources: list[Source]) -> list[tuple[int, int]]:
 
 
 def halves(size: tuple[int, int], validation: float) -> dict[bool, Window]:
-    """The parts of an image to learn from (False) and to validate on (True), cut across its longer side."""
+    """Returns the training (False) and validation (True) parts of one image, cut across its longer side."""
     height, width = size
     if width >= height:
         cut = round(width * (1 - validation))
@@ -138,7 +140,7 @@ def halves(size: tuple[int, int], validation: float) -> dict[bool, Window]:
 
 
 def tiles(part: Window, side: int | None, overlap: float) -> Iterator[Window]:
-    """Windows of at most `side` pixels that cover `part`; the last of a row or column lie at its border."""
+    """Windows of at most `side` pixels that cover `part`; the last of a row or column ends at the border."""
     if side is None:
         yield part
         return
@@ -153,7 +155,7 @@ def tiles(part: Window, side: int | None, overlap: float) -> Iterator[Window]:
 
 
 def shrink(labels: np.ndarray, side: int) -> np.ndarray:
-    """`labels` with `side` pixels along the longest edge, each that of the nearest pixel, as the processor's are."""
+    """Downscales `labels` (nearest neighbour) to `side` pixels on the longest edge, with the processor's rounding."""
     size = [max(1, int(edge * side / max(labels.shape) + 0.5)) for edge in labels.shape]
     rows, columns = (
         ((np.arange(new) + 0.5) * old / new).astype(int) for new, old in zip(size, labels.shape, strict=True)

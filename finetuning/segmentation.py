@@ -1,4 +1,4 @@
-"""Segments an image: what points or boxes ask for, or everything."""
+"""Segments an image, from points, from boxes, or everything in it."""
 
 from pathlib import Path
 
@@ -33,7 +33,7 @@ def check_prompts(points: list[list[float]], boxes: list[list[float]], image: np
 
 
 def load(base: str | None, revision: str | None, adapter: str | None) -> tuple[PreTrainedModel, SamProcessor]:
-    """Returns the model, with the adapter merged, and its processor; without a base, the adapter's, or sam-tiny.
+    """Returns the model, with the adapter merged, and its processor. The default base is the adapter's, or sam-tiny.
 
     Raises:
         ModelError: If there is none.
@@ -54,7 +54,7 @@ def prompted(
     boxes: list[list[float]],
     multimask: bool,
 ) -> np.ndarray:
-    """Returns a mask for each point or box (objects, H, W), the one of several that the model rates best."""
+    """Returns a mask for each point or box (objects, H, W), of several the one with the highest predicted IoU."""
     prompts = {"input_boxes": [boxes]} if boxes else {"input_points": [[[point] for point in points]]}
     inputs = processor(images=[image], return_tensors="pt", **prompts)
     names = [name for name in ("pixel_values", "input_points", "input_boxes") if name in inputs]
@@ -74,8 +74,8 @@ def everything(
     min_iou: float,
     min_stability: float,
 ) -> np.ndarray:
-    """Returns the masks of all objects that the model is sure of (objects, H, W), the largest first."""
-    # As stock SAM: the pipeline logs an error for classes that it does not know.
+    """Returns all masks above the thresholds (objects, H, W), largest first."""
+    # Use stock SAM, because the pipeline logs an error for unknown classes.
     generate = pipeline(
         "mask-generation", model=model.to_sam().eval(), image_processor=processor.image_processor, device=DEVICE
     )

@@ -20,7 +20,7 @@ class SettingsError(ValueError):
 
 @dataclass(frozen=True)
 class Settings:
-    """All that can be set of a run; the options of `finetune.py` have the same names.
+    """Settings of a run. The options of `finetune.py` have the same names.
 
     Args:
         images: Folder of PNG, JPEG or TIFF images; None for a photograph of coins.
@@ -41,25 +41,25 @@ class Settings:
         revision: Of the base, on the Hub.
         method: One of `METHODS`: adapters, all weights of the vision encoder, or those of the mask decoder alone.
         target: Linears of the vision layers to adapt.
-        rank: Of the adapters.
-        alpha: Of the adapters.
-        dropout: Of the adapters.
+        rank: LoRA rank.
+        alpha: LoRA alpha.
+        dropout: LoRA dropout.
         dora: Whether the adapters are DoRA.
         rslora: Whether their scaling is that of rsLoRA.
         last_layers: Adapts only so many of the last layers.
         train_decoder: `full` or `lora` to train the mask decoder too.
         load_in_4bit: Quantizes the base.
-        steps: Of the optimizer.
+        steps: Optimizer steps.
         minutes: Stops training then, whatever the step.
         batch_size: Images of a step, in each process.
         accumulate: Batches of a step.
-        learning_rate: At its peak.
+        learning_rate: Peak learning rate.
         loss: One of `LOSSES`, beside dice.
         eval_every: Steps from one validation and checkpoint to the next.
-        patience: Stops after so many validations without improvement.
+        patience: Validations without improvement before training stops.
         gradient_checkpointing: Computes activations again in backward.
         bf16: Trains in bfloat16 autocast.
-        seed: Of everything drawn.
+        seed: Random seed.
         resume: Goes on from the last checkpoint in `output`.
         output: Folder for all results.
         force: Replaces what an earlier run left in `output`.
@@ -142,7 +142,8 @@ class Settings:
             self._require_at_least(0, name)
         if self.method != "lora" and (self.load_in_4bit or self.last_layers or self.dora or self.rslora):
             raise SettingsError(
-                f"--method {self.method} trains whole weights: it takes no settings of adapters, nor 4 bits."
+                f"--method {self.method} trains no adapters: --load-in-4bit, --last-layers, --dora and --rslora "
+                "do not apply."
             )
         if self.method != "lora" and self.train_decoder == "lora":
             raise SettingsError(f"--method {self.method} adds no adapters: expected --train-decoder full.")

@@ -1,4 +1,4 @@
-"""How `Trainer` is set up for masks and prompts."""
+"""Sets up `Trainer` for masks and prompts."""
 
 import math
 import os
@@ -27,10 +27,10 @@ def build_training_args(settings: Settings) -> TrainingArguments:
     """Settings for `Trainer`.
 
     Raises:
-        SettingsError: If this is one process where several were asked for, or where it would divide its batches among
-            several GPUs in its own way.
+        SettingsError: If accelerate started one process instead of several, or one process
+            sees several GPUs (`Trainer` would use DataParallel).
     """
-    # Reentrant checkpoints would run backward below the adapted layers.
+    # Reentrant checkpointing would also run backward through layers below the first adapter.
     non_reentrant = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
     checkpointing = non_reentrant if settings.gradient_checkpointing else {}  # a name that newer releases deprecate
     training_args = TrainingArguments(
@@ -53,7 +53,7 @@ def build_training_args(settings: Settings) -> TrainingArguments:
         restore_callback_states_from_checkpoint=True,
         logging_steps=min(10, settings.eval_every),
         report_to="none",
-        label_names=["labels"],  # else it is the prompts' input_labels
+        label_names=["labels"],  # otherwise Trainer picks input_labels, which belongs to the prompts
         remove_unused_columns=False,
         batch_eval_metrics=True,
         **checkpointing,
@@ -65,22 +65,22 @@ def build_training_args(settings: Settings) -> TrainingArguments:
     )
     if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ and training_args.world_size == 1:
         raise SettingsError(
-            "accelerate launch was asked for several processes and started one, as it does on CPUs without MPI: use "
+            "accelerate started one process instead of several, as it does on CPUs without MPI. Use "
             "accelerate launch --multi_gpu --num_processes N, which starts N processes on CPUs as well."
         )
     if training_args.n_gpu > 1:
         raise SettingsError(
             f"One process sees {training_args.n_gpu} GPUs: start one for each with accelerate launch --num_processes "
-            f"{training_args.n_gpu}, or show it one with CUDA_VISIBLE_DEVICES=0."
+            f"{training_args.n_gpu}, or restrict it to one GPU with CUDA_VISIBLE_DEVICES=0."
         )
     return training_args
 
 
 class PromptTrainer(Trainer):
-    """A `Trainer` that takes the training set in its own order."""
+    """A `Trainer` that does not shuffle the training set."""
 
     def get_train_dataloader(self) -> DataLoader:
-        """Returns the batches in order: the set shuffles itself, and gives a step prompts of one kind."""
+        """Returns batches in order. The dataset shuffles itself, and all items of a step have one kind of prompt."""
         loader = DataLoader(
             self.train_dataset,
             batch_size=self.args.per_device_train_batch_size,
@@ -128,7 +128,7 @@ def build_trainer(
 
 
 class StopAfter(TrainerCallback):
-    """Validates and saves after the last step, which is also when the time is up, as the first process sees it."""
+    """Stops at the time limit (as measured on rank 0), and always validates and saves after the last step."""
 
     def __init__(self, minutes: float):
         self.deadline = time.monotonic() + 60 * minutes
@@ -136,7 +136,7 @@ class StopAfter(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Ends training once it is late."""
+        """Stops training after the time limit."""
         late = torch.tensor(int(time.monotonic() > self.deadline), device=args.device)
         if args.world_size > 1:
             torch.distributed.broadcast(late, 0)
@@ -147,7 +147,7 @@ class StopAfter(TrainerCallback):
 
 
 def metrics_of(logged: dict[str, float]) -> dict[str, float]:
-    """The metrics of a validation, of all that `Trainer` logged of it."""
+    """Returns the metrics from a `Trainer` evaluation log, without timings."""
     speed = ("runtime", "per_second", "preparation_time")
     return {
         name.removeprefix("eval_"): value

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 
 SUPERSAMPLING = 2  # masks are drawn this much larger and reduced, for smooth outlines
-MIN_VISIBLE_SHARE = 0.4  # an object more hidden than this has no honest mask to ask for
+MIN_VISIBLE_SHARE = 0.4  # objects hidden more than this are not used as targets
 
 
 class DrawnScenes(Dataset):
@@ -24,8 +24,8 @@ class DrawnScenes(Dataset):
         seed: Scenes of different seeds are unrelated; equal seeds give equal scenes.
         image_size: Side of the square image in pixels.
         num_prompts: Objects asked for per scene; drawn with replacement when a scene shows fewer.
-        difficulty: From 0, few objects in plain colours, to 1, up to a dozen, whose textures may hardly differ from
-            what is around them, under uneven light, with little contrast and much noise. Shapes, sizes and occlusion
+        difficulty: From 0, few objects in plain colours, to 1: up to a dozen objects, whose texture may be close to
+            the background, under uneven light, with little contrast and much noise. Shapes, sizes and occlusion
             are of all kinds at any difficulty.
         ramp: Number of first scenes over which the difficulty grows from 0 to `difficulty`.
     """
@@ -117,7 +117,7 @@ def draw_scene(rng: np.random.Generator, size: int, difficulty: float) -> tuple[
         labels[window][inside] = len(full_area)
         full_area.append(int(inside.sum()))
     visible_area = np.bincount(labels.ravel(), minlength=len(full_area))
-    labels[(visible_area < MIN_VISIBLE_SHARE * np.array(full_area))[labels]] = 0  # still drawn, never asked for
+    labels[(visible_area < MIN_VISIBLE_SHARE * np.array(full_area))[labels]] = 0  # still drawn, but never a target
     return _photograph(rng, image, difficulty), labels
 
 

@@ -25,7 +25,7 @@ from .drawn_scenes import DrawnScenes
 IMAGE_SIZE = 128
 PATCH_SIZE = 8
 MASK_SIZE = 4 * IMAGE_SIZE // PATCH_SIZE  # the mask decoder upscales the token grid four times
-HELD_OUT_SEED = 2**31  # no training run uses it
+HELD_OUT_SEED = 2**31  # never used in training
 LEVELS = (0.0, 0.5, 1.0)
 
 
@@ -72,7 +72,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=6, help="objects asked for per scene")
     parser.add_argument("--learning-rate", type=float, default=1.2e-3)
     parser.add_argument("--warmup", type=int, default=500)
-    parser.add_argument("--ramp", type=int, default=1500, help="steps over which the scenes grow from plain to full")
+    parser.add_argument("--ramp", type=int, default=1500, help="steps over which difficulty grows from 0 to 1")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--save-every", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
@@ -109,8 +109,8 @@ def build_config() -> SamConfig:
 
 def build_model() -> SamModel:
     model = SamModel(build_config())
-    # transformers draws this table with std hidden_size // 2, which hashes pixel positions to noise; the original is a
-    # standard normal: https://github.com/facebookresearch/segment-anything/blob/6fdee8f2727f4506cfbbe553e23b895e27956588/segment_anything/modeling/prompt_encoder.py#L178
+    # transformers initialises this table with std hidden_size // 2, which turns positions into noise. The original is
+    # a standard normal: https://github.com/facebookresearch/segment-anything/blob/6fdee8f2727f4506cfbbe553e23b895e27956588/segment_anything/modeling/prompt_encoder.py#L178
     with torch.no_grad():
         model.shared_image_embedding.positional_embedding.normal_()
     model.tie_weights()
@@ -137,13 +137,13 @@ def training_loss(
     model: SamModel, processor: SamProcessor, batch: dict[str, torch.Tensor], step: int
 ) -> tuple[torch.Tensor, float]:
     """Cross-entropy + dice of the best returned mask, plus regression of the IoU head, as in Segment Anything
-    (https://arxiv.org/abs/2304.02643, appendix A), with points, boxes, one and three masks in turn.
+    (https://arxiv.org/abs/2304.02643, appendix A), alternating points and boxes, and one mask and three.
 
     Returns:
         The loss, a scalar tensor, and the mean IoU of the best masks, a float.
     """
     kind = "box" if step % 3 == 0 else "point"
-    if kind == "box":  # nobody draws exact boxes
+    if kind == "box":  # real boxes are inexact
         boxes = batch["boxes"]
         sides = (boxes[..., 2:] - boxes[..., :2]).repeat(1, 1, 2)
         batch["boxes"] = (boxes + 0.05 * sides * torch.randn_like(boxes)).clamp(0, IMAGE_SIZE - 1)
@@ -163,8 +163,8 @@ def training_loss(
 def evaluate(
     model: SamModel, processor: SamProcessor, difficulty: float = 1.0, num_scenes: int = 400
 ) -> dict[str, float]:
-    """Mean IoU at full image resolution over held-out scenes: of the single mask, and of that of the three masks which
-    the model's own IoU head rates best, from one random point inside the object, and from its box."""
+    """Mean IoU at full image resolution over held-out scenes: for the single mask, and for the best of three masks by
+    predicted IoU, from one random point inside the object, and from its box."""
     model.eval()
     scores: dict[str, list[torch.Tensor]] = {}
     for batch in DataLoader(DrawnScenes(num_scenes, HELD_OUT_SEED, IMAGE_SIZE, 6, difficulty), 20):

@@ -1,4 +1,4 @@
-"""Tiny seeded models, the stock model as oracle, and a guard that nothing leaves the machine or is logged unseen."""
+"""Tiny seeded models, the stock model as oracle, and guards against network access and unnoticed log messages."""
 
 import json
 import logging
@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 
-# Before transformers is imported: no cache of the user's is read or written, and no hub is asked.
+# Before importing transformers: use temporary caches, stay offline.
 _home = tempfile.TemporaryDirectory(prefix="sam-split-tests-")
 os.environ.update(HF_HOME=_home.name, HF_MODULES_CACHE=f"{_home.name}/modules", HF_HUB_OFFLINE="1")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests put inputs on the CPU
@@ -172,7 +172,7 @@ def split_dir(stock_dir: Path, processor: SamProcessor, tmp_path_factory: pytest
 
 @pytest.fixture
 def load(split_dir: Path) -> Callable[..., PreTrainedModel]:
-    """Loads the model repo by the user's road."""
+    """Loads the model repo as users do."""
     return lambda path=split_dir, **kwargs: AutoModel.from_pretrained(path, trust_remote_code=True, **kwargs)
 
 

@@ -169,6 +169,7 @@ def test_folded_needs_few_kernels(monkeypatch):
     assert folded[1] <= 1.02 * folded[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("autocast", [False, True], ids=["cast", "autocast"])
 def test_half_precision_is_no_worse_than_stock(path, dtype, autocast, inputs):

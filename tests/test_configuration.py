@@ -1,4 +1,4 @@
-"""A stock configuration becomes one of ours without a word; settings of broken models are refused."""
+"""Stock configurations are converted without warnings; invalid settings raise."""
 
 import json
 import shutil

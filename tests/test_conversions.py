@@ -202,17 +202,17 @@ def test_sizes_of_meta(size, width, layers, segment_anything):
     [
         (lambda weights: weights.pop("image_encoder.neck.3.bias"), "missing: image_encoder.neck.3.bias"),
         (lambda weights: weights.update(extra=torch.zeros(1)), "unknown: extra"),
-        (lambda weights: weights.pop("image_encoder.pos_embed"), "expected was image_encoder.pos_embed"),
+        (lambda weights: weights.pop("image_encoder.pos_embed"), "expected image_encoder.pos_embed"),
         (
             lambda weights: weights.update({"image_encoder.blocks.2.attn.qkv.weight": torch.zeros(48, 24)}),
-            "another shape than the other weights imply: image_encoder.blocks.2.attn.qkv.weight",
+            "shape that does not fit the other weights: image_encoder.blocks.2.attn.qkv.weight",
         ),
         (
             lambda weights: weights.update({"image_encoder.pos_embed": torch.zeros(1, 6, 6, 24)}),
-            "windows of [4, 9] tokens, and the image has 6 x 6 tokens",
+            "rel_pos tables are for [4, 9] tokens, but the image has 6 x 6",
         ),
-        (lambda weights: weights.clear(), "expected was image_encoder.patch_embed.proj.weight"),
-        (lambda weights: weights.update(extra="text"), "does not hold weights by name"),
+        (lambda weights: weights.clear(), "expected image_encoder.patch_embed.proj.weight"),
+        (lambda weights: weights.update(extra="text"), "does not contain a state dict"),
         (lambda weights: weights.update(extra=torch.zeros(1, dtype=torch.int8)), "several dtypes"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -260,18 +260,18 @@ def test_adapter_is_merged(split_dir, load, inputs, tmp_path):
 
 
 def test_a_split_model_is_not_split_again(split_dir, tmp_path):
-    with pytest.raises(ValueError, match="'sam_split', and only stock SAM"):
+    with pytest.raises(ValueError, match=r"expected a stock SAM \(model_type 'sam'\), got 'sam_split'"):
         conversions.to_split(str(split_dir), tmp_path / "again")
 
 
 def test_a_vision_encoder_alone_is_refused(split_dir, tmp_path):
     split_class("SamSplitVisionModel").from_pretrained(split_dir).save_pretrained(tmp_path / "vision")
-    with pytest.raises(ValueError, match="'sam_split_vision_model': expected was a whole SAM"):
+    with pytest.raises(ValueError, match=r"expected a complete SAM .*, got 'sam_split_vision_model'"):
         conversions.to_sam(str(tmp_path / "vision"), tmp_path / "stock")
 
 
 def test_a_wrong_result_is_not_kept(split_dir, stock, tmp_path, monkeypatch):
-    """Whatever the mistake, the comparison at the end finds it."""
+    """The final comparison detects any mistake."""
     wrong = type("Wrong", (split_class(),), {"to_sam": lambda self: randomize(stock_model(), seed=9)})
     monkeypatch.setattr("checkpoint_tools.loading.split_class", lambda: wrong)
     with pytest.raises(ValueError, match="Nothing was written"):
@@ -322,8 +322,8 @@ def test_runs_from_anywhere_and_fails_in_one_line(tmp_path):
     process = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd="/")
     assert process.returncode == 1
     assert process.stdout == ""
-    assert process.stderr.splitlines()[-1].startswith(f"convert.py: {tmp_path}/sam.pth was not converted: ")
-    assert "no intact file of plain tensors" in process.stderr
+    assert process.stderr.splitlines()[-1].startswith(f"convert.py: cannot convert {tmp_path}/sam.pth: ")
+    assert "contains more than plain tensors" in process.stderr
     assert "Traceback" not in process.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["sam.pth"]
 
@@ -334,7 +334,7 @@ def test_runs_from_anywhere_and_fails_in_one_line(tmp_path):
         ("to-sam nowhere out", "nowhere"),
         ("to-split {stock_dir} {split_dir}", "not empty"),
         ("from-meta nowhere.pth out", "No such file"),
-        ("from-meta {stock_dir}/config.json out", "no intact file"),
+        ("from-meta {stock_dir}/config.json out", "is damaged, or contains more than plain tensors"),
         ("to-meta {stock_dir} {split_dir}/config.json", "exists: choose another name"),
     ],
 )

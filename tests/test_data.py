@@ -95,7 +95,7 @@ def png_of_16_bit_colours(height: int, width: int) -> bytes:
 
 
 def broken_folders(folder: Path) -> dict[str, str]:
-    """Makes every mistake at once; returns what must be said about each file."""
+    """Creates files with every problem at once; returns the expected messages."""
     for stem in ("good", "size", "colour", "text", "deep", "float", "pages", "lonely", "twice"):
         save_pair(folder, stem, blocks())
     images, masks = folder / "images", folder / "masks"
@@ -107,11 +107,11 @@ def broken_folders(folder: Path) -> dict[str, str]:
         (images / f"{stem}.png").unlink()
         tifffile.imwrite(images / f"{stem}.tif", pixels, photometric="minisblack")
     return {
-        "size.png": "48 x 40 pixels and its mask 44 x 40",
-        "colour.png": "expected one integer per pixel",
+        "size.png": "a mask of 48 x 40 pixels (the image's size), got 44 x 40",
+        "colour.png": "expected a 2-D integer mask",
         "text.png": "cannot be read",
         "deep.png": "it has 16 bits per colour",
-        "float.tif": "expected 8 or 16 bits",
+        "float.tif": "expected uint8 or uint16 pixels",
         "pages.tif": "it has 9 pages; expected one",
     }
 
@@ -139,9 +139,9 @@ def test_names_every_unpaired_file(tmp_path):
     lines = str(raised.value).splitlines()
     assert len(lines) == 4
     for name, problem in {
-        "images/no-mask.png": "no partner",
-        "masks/no-image.png": "no partner",
-        "masks/lossy.jpg": "is none of .png",
+        "images/no-mask.png": "no file no-mask.*",
+        "masks/no-image.png": "no file no-image.*",
+        "masks/lossy.jpg": "unsupported file type, expected one of .png",
         "images/twice": "same name",
     }.items():
         assert any(name in line and problem in line for line in lines), name
@@ -197,22 +197,22 @@ def test_reads_coco_polygons_and_run_lengths(tmp_path, capsys):
     _, labels = source.read()
     np.testing.assert_array_equal(labels == 2, blocks() == 310)
     assert (labels[2:38, 2:46] > 0).all()
-    assert [note[:10] for note in notes] == ["1 images a", "1 annotati"]
+    assert [note[:10] for note in notes] == ["1 images w", "1 crowd an"]
     assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"images": [{"id": 7, "file_name": "b.png", "height": 40, "width": 48}]}, "b.png: is named in"),
-        ({"images": [{"id": 7, "file_name": "a.png", "height": 41, "width": 48}]}, "48 x 40 pixels"),
+        ({"images": [{"id": 7, "file_name": "b.png", "height": 40, "width": 48}]}, "b.png: listed in"),
+        ({"images": [{"id": 7, "file_name": "a.png", "height": 41, "width": 48}]}, "got 48 x 40"),
         (
             {"annotations": [{"id": 1, "image_id": 9, "category_id": 1, "segmentation": []}]},
-            "image 9, which it does not list",
+            "image 9, which is not listed",
         ),
         (
             {"annotations": [{"id": 5, "image_id": 7, "category_id": 1, "segmentation": {"counts": "x"}}]},
-            "annotation 5 is broken",
+            "invalid segmentation in annotation 5",
         ),
         ({"annotations": []}, "annotates no object"),
         ({"images": [{"id": 7}]}, "not a COCO annotation file"),

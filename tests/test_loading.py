@@ -1,4 +1,4 @@
-"""Every road in gives the checkpoint's own weights and stock's outputs, silently, or a clear error."""
+"""Every way of loading gives the checkpoint's weights and stock's outputs without warnings, or a clear error."""
 
 import copy
 import json
@@ -307,7 +307,7 @@ def test_corrupt_file_raises(content, problem, stock_dir, tmp_path):
 
 @pytest.mark.slow
 def test_edited_code_is_picked_up_on_reload(split_dir, tmp_path):
-    """By the next process as it is, by this one once it has dropped the old code (as the README says)."""
+    """By the next process as it is, by this one once it has dropped the old code (as CONTRIBUTING.md says)."""
     path = shutil.copytree(split_dir, tmp_path / "edited")
     load = f'AutoModel.from_pretrained("{path}", trust_remote_code=True)'
     code = path / "modeling_sam_split.py"
@@ -328,8 +328,9 @@ def test_edited_code_is_picked_up_on_reload(split_dir, tmp_path):
     run_python(f"from transformers import AutoModel; assert {load}.edited")
 
 
+@pytest.mark.slow
 def test_transformers_below_the_floor_is_named(split_dir):
-    """In a process of its own, which believes to hold the last transformers 4."""
+    """In a new process that reports transformers 4."""
     output = run_python(
         f"""
         import importlib.metadata

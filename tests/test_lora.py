@@ -1,4 +1,4 @@
-"""LoRA on q and v: what is adapted, trained, saved, merged, and the whole circle back to stock SAM."""
+"""LoRA on q and v: adapting, training, saving, merging, and the way back to stock SAM."""
 
 import copy
 import re
@@ -25,7 +25,7 @@ def lora_config(**changes) -> LoraConfig:
 
 
 def fill_adapters(model: torch.nn.Module, seed: int = 3) -> None:
-    """LoRA starts as the identity (B is zero), which would hide mistakes."""
+    """B is zero at the start, which would hide mistakes."""
     randomize(torch.nn.ParameterList(p for name, p in model.named_parameters() if "lora_" in name), seed)
 
 

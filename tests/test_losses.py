@@ -67,7 +67,7 @@ def test_loss_of_parts_adds_up_to_that_of_the_step():
 
 
 def test_metrics():
-    """Two objects, of which one is half found, and a place that only another process fills."""
+    """Two objects, one of them half segmented, and a padding object."""
     labels = torch.zeros(1, 3, 2, 4, dtype=torch.int8)
     labels[0, 0, :, :2], labels[0, 1], labels[0, 2] = 1, 1, -100
     masks = torch.full((1, 3, 2, 2, 4), -1.0)

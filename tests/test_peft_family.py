@@ -16,6 +16,7 @@ def base(tmp_path_factory) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings(
     "ignore:Unsupported layer type:UserWarning",  # LN tuning, of LayerNorm itself
     "ignore:Failed to load the CUDA extension:UserWarning",  # BOFT, on a CPU
@@ -46,6 +47,6 @@ def test_a_method_that_peft_lacks_is_told(base):
 
 
 def test_an_adapter_that_leaves_out_layers_does_not_train(base):
-    """That is, the column can say no."""
+    """So the "trains" column can be "no"."""
     method = peft_family.Method("LoraConfig", {"layers_to_transform": [0], "layers_pattern": "layers"})
     assert not peft_family.measure(method, base).trained

@@ -152,6 +152,7 @@ def test_commands_exist(helps: dict[str, str]) -> None:
             assert words[:3] == ["python3", "-m", "venv"], where
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES)
 def test_options_exist(page: str, helps: dict[str, str]) -> None:
     """Those that are named outside of commands, of whatever command."""

@@ -13,7 +13,7 @@ def test_it_is_stock_and_small():
 
 
 def test_segments_held_out_scenes_when_split(tmp_path):
-    """The card has the figures of many more scenes."""
+    """The card has the scores of 400 scenes."""
     split_class().from_pretrained(SAM_TINY).save_pretrained(tmp_path)
     model = AutoModel.from_pretrained(tmp_path, trust_remote_code=True)
     scores = evaluate(model, processor_for(build_config()), difficulty=0.5, num_scenes=40)

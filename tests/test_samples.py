@@ -68,11 +68,11 @@ def test_of_one_image_a_part_is_kept_and_nothing_reaches_into_both(tile, turned)
     assert train_ids and validation_ids and not train_ids & validation_ids
     spanning = {310, 340}  # the blocks in the middle
     assert not spanning & (train_ids | validation_ids)
-    assert any(note.startswith("2 objects reach") for note in parts.notes)
+    assert any(note.startswith("2 objects cross the border") for note in parts.notes)
 
 
 def test_nothing_to_validate_on_is_said():
     labels = np.zeros((40, 48), dtype=np.int64)
     labels[4:12, 4:12] = 1
-    with pytest.raises(DataError, match="no object to validate on"):
+    with pytest.raises(DataError, match="No validation objects left"):
         train_validation_parts([Array(labels)], MASK_SIDE)

@@ -23,7 +23,7 @@ CODE = {path.name for path in ROOT.glob("*_sam_split.py")}
 
 @pytest.fixture(params=["stock directory", "split repo", "fused repo", "scratch", "load_state_dict", "to bfloat16"])
 def model(request, stock_dir, split_dir, stock, tmp_path):
-    """The model by every road that people come."""
+    """The model, loaded in every way."""
     if request.param == "stock directory":
         return split_class().from_pretrained(stock_dir)
     if request.param == "split repo":
@@ -40,6 +40,7 @@ def model(request, stock_dir, split_dir, stock, tmp_path):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_shard_size", ["5GB", "20KB"])
 @pytest.mark.parametrize("options", [{}, {"save_original_format": True}], ids=str)
 def test_saved_layout(model, max_shard_size, options, tmp_path, logged):

@@ -106,8 +106,8 @@ def test_everything_gives_the_masks_of_stock_sam(options, thresholds, tmp_path, 
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        (["photo.png"], "expected --point or --box"),
-        (["photo.png", "--everything", "--point", "1", "1"], "expected --point or --box"),
+        (["photo.png"], "expected --point, --box or --everything"),
+        (["photo.png", "--everything", "--point", "1", "1"], "expected --point, --box or --everything"),
         (["photo.png", "--box", "1", "1", "2", "2", "--point", "1", "1"], "expected one kind"),
         pytest.param(
             ["photo.png", "--everything"],

@@ -7,7 +7,6 @@ from collections.abc import Callable
 import pytest
 import torch
 from conftest import TINY, assert_same_outputs, randomize
-from packaging.version import Version
 from torch import nn
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -17,11 +16,9 @@ from checkpoint_tools.staging import split_class
 
 
 IMPLEMENTATIONS = ["sdpa", "eager"]
+# with a limit, as torch 2.7 refuses a named dimension without one
+FREE_BATCH = torch.export.Dim("batch", max=64)
 PATHS = ["tiled", "folded", "eager"]  # the implementation, or what sdpa does on some device if nothing is exported
-
-NEEDS_FREE_BATCH = pytest.mark.skipif(
-    Version(torch.__version__) < Version("2.8"), reason="torch.export of torch 2.7 cannot leave the batch size free"
-)
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::torch.jit.TracerWarning",  # of stock SAM's own checks of shapes
@@ -142,6 +139,7 @@ def test_jit_trace_can_be_trained(small):
     assert_same_outputs(outputs_and_gradients(model, traced, images(1)), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dynamo", [False, True], ids=["torchscript", "dynamo"])
 def test_onnx_export(dynamo, implementation, small, tmp_path):
@@ -176,20 +174,20 @@ def test_onnx_export_of_the_whole_model(implementation, small, tmp_path):
         assert_same([torch.from_numpy(array) for array in arrays], model(*inputs), 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects:UserWarning")  # transformers' own
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@NEEDS_FREE_BATCH
 def test_strict_export_in_training_mode(implementation, small):
     """With a batch size that is free."""
     model = Embeddings(small(implementation)).train()
-    shapes = ({0: torch.export.Dim("batch", max=64)},)
+    shapes = ({0: FREE_BATCH},)
     exported = torch.export.export(model, (images(0),), dynamic_shapes=shapes, strict=True).module()
     with torch.no_grad():
         assert_same([exported(images(1, 3))], [model(images(1, 3))])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@NEEDS_FREE_BATCH
 def test_export_takes_the_model_itself(implementation, small):
     """With keywords, and gives what it gives."""
     model = small(implementation)
@@ -197,7 +195,7 @@ def test_export_takes_the_model_itself(implementation, small):
         dict(zip(("pixel_values", "input_points"), image_and_points(seed, number), strict=True))
         for seed, number in ((0, 2), (1, 3))
     )
-    shapes = {name: {0: torch.export.Dim("batch", max=64)} for name in inputs}
+    shapes = {name: {0: FREE_BATCH} for name in inputs}
     exported = torch.export.export(model, (), inputs, dynamic_shapes=shapes, strict=False).module()
     with torch.no_grad():
         assert_same_outputs(exported(**others), model(**others))
@@ -224,6 +222,7 @@ def test_compile_with_free_shapes(small):
     assert_same_outputs(outputs_and_gradients(model, compiled, hidden_states(1)), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", PATHS)
 def test_compile_of_the_encoder(path, small):
     """In inference, as most use it."""
@@ -234,6 +233,7 @@ def test_compile_of_the_encoder(path, small):
         assert_same([compiled(images(1))], [model(images(1))])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", PATHS)
 def test_make_fx(path, small):
     """Of output and gradients together."""

@@ -1,4 +1,4 @@
-"""What is staged is the base and this checkout's code, and nothing else; and what is not is found."""
+"""What is staged is the base and this checkout's code, and nothing else; and deviations are detected."""
 
 import json
 import pickle
@@ -112,11 +112,11 @@ def exchange_q_and_k(weights: dict) -> None:
         # which have no part in the outputs that are compared
         (
             lambda folder: rewrite(folder, lambda weights: weights["prompt_encoder.mask_embed.conv1.bias"].add_(1e-6)),
-            "conv1.bias .* is not the",
+            "conv1.bias .* differs from the base",
         ),
         (
             lambda folder: rewrite(folder, lambda weights: weights.update(foreign=torch.zeros(1))),
-            "that its base has not: foreign",
+            "unexpected weights: foreign",
         ),
         (
             append("modeling_sam_split.py", "\nimport torch as scipy\nif False:\n    import antigravity, PIL\n"),
@@ -124,7 +124,7 @@ def exchange_q_and_k(weights: dict) -> None:
         ),
         (
             lambda folder: configure(folder, "auto_map", {**AUTO_MAP, "AutoModelForMaskGeneration": "another.Model"}),
-            "no class of its own for AutoModelForMaskGeneration",
+            "no class of this repo for AutoModelForMaskGeneration",
         ),
     ],
 )
@@ -138,9 +138,12 @@ def test_verify_finds(spoil, problem: str, staged_dir: Path, base_dir: Path, tmp
 @pytest.mark.parametrize(
     ("spoil", "problem"),
     [
-        (append("conversion_sam_split.py", "\n"), "conversion_sam_split.py is not that"),
-        (lambda folder: (folder / "notes.txt").write_text(""), "notes.txt, which is no part"),
-        (lambda folder: (folder / "README.md").write_text("---\nlibrary_name: timm\n---\n"), "library_name: timm"),
+        (append("conversion_sam_split.py", "\n"), "conversion_sam_split.py differs from this checkout"),
+        (lambda folder: (folder / "notes.txt").write_text(""), "Unexpected file notes.txt"),
+        (
+            lambda folder: (folder / "README.md").write_text("---\nlibrary_name: timm\n---\n"),
+            "library_name: transformers, got timm",
+        ),
     ],
 )
 def test_staged_files_are_checked(spoil, problem: str, staged_dir: Path, tmp_path: Path) -> None:
