@@ -40,16 +40,13 @@ def sdpa_attention(module: Any, qkv: torch.Tensor, tables: Tables | None) -> tup
     dropout = module.dropout if module.training else 0.0
     # A recorded graph has no use for a long loop, and some recorders lose what is written in place.
     is_recorded = torch.compiler.is_exporting() or torch.jit.is_tracing()
-    path = "dense" if tables is None or is_recorded else attention_path(qkv[0])
-    if tables is not None and path == "folded":
-        return folded_attention(qkv, *tables, module.scale, dropout), None
-    if (
-        tables is not None and path == "tiled" and not dropout
-    ):  # which could not be drawn again, tile by tile, for backward
-        tile_bytes = getattr(module.config, "attention_tile_bytes", None) or TILE_BYTES.get(
-            qkv.device.type, TILE_BYTES_ELSEWHERE
-        )
-        return TiledAttention.apply(qkv, *tables, module.scale, tile_bytes), None
+    if tables is not None and not is_recorded:
+        if attention_path(qkv[0]) == "folded":
+            return folded_attention(qkv, *tables, module.scale, dropout), None
+        if not dropout:  # which could not be drawn again, tile by tile, for backward
+            tile_bytes = getattr(module.config, "attention_tile_bytes", None)
+            tile_bytes = tile_bytes or TILE_BYTES.get(qkv.device.type, TILE_BYTES_ELSEWHERE)
+            return TiledAttention.apply(qkv, *tables, module.scale, tile_bytes), None
     bias = None if tables is None else relative_position_bias(qkv[0], *tables)[None]
     query, key, value = (tokens(states)[None] for states in qkv)  # (1, G, N, d)
     output = F.scaled_dot_product_attention(query, key, value, bias, dropout_p=dropout, scale=module.scale)

@@ -213,14 +213,15 @@ class SamSplitPreTrainedModel(SamPreTrainedModel):
         if any(tensor.is_meta for tensor in state_dict.values()):
             raise ValueError("Some weights are offloaded: load the model without device_map, then call to_sam().")
         with torch.device("meta"):
-            plain, model = type(self)(self.config), self._stock_class(self.config.to_sam())
-        if foreign := sorted(state_dict.keys() ^ plain.state_dict().keys()):
+            model = self._stock_class(self.config.to_sam())
+        if foreign := sorted(state_dict.keys() ^ split_fused(model.state_dict()).keys()):
             raise ValueError(
                 "Adapters are still in place: fold them in with merge_and_unload() (or drop them with unload()), then "
                 f"call to_sam() on the model it returns. A plain SAM differs in: {', '.join(foreign)}."
             )
-        fused = {key: tensor.clone() for key, tensor in fuse_split(state_dict).items()}
-        model.load_state_dict(fused, assign=True)
+        fused = fuse_split(state_dict)
+        copies = {key: tensor.clone() if key in state_dict else tensor for key, tensor in fused.items()}
+        model.load_state_dict(copies, assign=True)
         model.tie_weights()
         return model.train(self.training)
 
