@@ -12,10 +12,10 @@ from safetensors import SafetensorError
 
 from checkpoint_tools.conversions import to_split
 from checkpoint_tools.staging import SAM_TINY, one_line
-from finetuning.data import DataError
 from finetuning.model import ModelError
 from finetuning.recipe import finetune
 from finetuning.settings import Settings, SettingsError
+from finetuning.sources import DataError
 
 
 def main() -> None:

@@ -10,11 +10,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from finetuning.data import DataError
 from finetuning.model import ModelError
 from finetuning.prompts import KINDS
 from finetuning.recipe import finetune
 from finetuning.settings import AUGMENTATIONS, EXPORTS, LOSSES, METHODS, Settings, SettingsError
+from finetuning.sources import DataError
 
 
 def main(arguments: list[str] | None = None) -> None:

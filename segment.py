@@ -11,7 +11,7 @@ from pathlib import Path
 
 from transformers.utils import is_torchvision_available
 
-from finetuning.data import read_image
+from finetuning.images import read_image
 from finetuning.segmentation import check_prompts, everything, load, prompted, write_pictures
 
 

@@ -15,11 +15,12 @@ from transformers import set_seed
 
 from checkpoint_tools.staging import staged
 
-from .data import Coins, coco_images, paired_files
+from .coco import coco_images
 from .model import four_bits, load_base, make_trainable
 from .results import write_results
 from .samples import TrainValidationParts, train_validation_parts
 from .settings import Settings, SettingsError
+from .sources import Coins, paired_files
 from .training import build_trainer, build_training_args, metrics_of
 
 

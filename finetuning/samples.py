@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
-from .data import DataError, Source
+from .sources import DataError, Source
 
 
 Window = tuple[slice, slice]

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from finetuning.data import Source
+from finetuning.sources import Source
 
 
 MASK_SIDE = 32  # of the tiny models

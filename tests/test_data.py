@@ -12,8 +12,10 @@ from labelled_images import MASK_SIDE, blocks, save_pair
 from PIL import Image
 from pycocotools import mask as rle
 
-from finetuning.data import Coins, DataError, coco_images, paired_files, read_image, read_mask
+from finetuning.coco import coco_images
+from finetuning.images import read_image, read_mask
 from finetuning.samples import train_validation_parts
+from finetuning.sources import Coins, DataError, paired_files
 
 
 GREY = np.arange(12, dtype=np.uint8).reshape(3, 4) * 20

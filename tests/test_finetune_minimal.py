@@ -11,7 +11,7 @@ from PIL import Image
 
 from checkpoint_tools.conversions import to_split
 from checkpoint_tools.staging import ROOT, SAM_TINY
-from finetuning.data import Coins
+from finetuning.sources import Coins
 
 
 FILE = ROOT / "examples" / "finetune_minimal.py"

@@ -12,7 +12,7 @@ from transformers.utils import is_torchvision_available
 
 import segment
 from checkpoint_tools.staging import SAM_TINY, split_class
-from finetuning.data import Coins
+from finetuning.sources import Coins
 from pretraining.drawn_scenes import draw_scene
 
 
