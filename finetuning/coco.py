@@ -12,7 +12,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from .images import read_image
-from .sources import DataError, Source
+from .sources import DataError, LabelledImage, Source
 
 
 @dataclass(eq=False)
@@ -27,7 +27,7 @@ class CocoImage(Source):
     def __post_init__(self) -> None:
         self.name = str(self.image)
 
-    def read(self) -> tuple[np.ndarray, np.ndarray]:  # noqa: D102, as in Source
+    def read(self) -> LabelledImage:  # noqa: D102, as in Source
         image = read_image(self.image)
         if image.shape[:2] != self.size:
             raise ValueError(
@@ -49,7 +49,7 @@ class CocoImage(Source):
             raise ValueError(
                 f"{self.image}: invalid segmentation in annotation {annotation.get('id')}: {error}"
             ) from error
-        return image, labels
+        return LabelledImage(image, labels)
 
 
 def coco_images(images: Path, annotations: Path) -> tuple[list[Source], list[str]]:

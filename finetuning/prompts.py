@@ -9,6 +9,7 @@ from scipy import ndimage
 from torch.utils.data import Dataset, default_collate
 from transformers import SamProcessor
 
+from .overlaps import mask_of
 from .samples import Sample, Window, shrink, visible
 
 
@@ -64,18 +65,19 @@ class ItemEncoder:
         """
         noise = self.prompts.jitter if train else 0.0
         if kind == "box":
-            boxes = [draw_box(labels == label, noise, rng) for label in ids]
+            boxes = [draw_box(mask_of(labels, label), noise, rng) for label in ids]
             inputs = self.processor(images=[image], input_boxes=[boxes], return_tensors="pt")
         else:
             numbers = self.prompts.points, self.prompts.negative_points
-            drawn = [draw_points(labels == label, *numbers, rng, central=not train) for label in ids]
+            drawn = [draw_points(mask_of(labels, label), *numbers, rng, central=not train) for label in ids]
             points, point_labels = [list(part) for part in zip(*drawn, strict=True)]
             inputs = self.processor(
                 images=[image], input_points=[points], input_labels=[point_labels], return_tensors="pt"
             )
         small = shrink(labels, self.mask_side)
         targets = np.full((len(ids), self.mask_side, self.mask_side), OUTSIDE, dtype=np.int8)
-        targets[:, : small.shape[0], : small.shape[1]] = small == np.asarray(ids)[:, None, None]
+        height, width = small.shape[-2:]
+        targets[:, :height, :width] = [mask_of(small, label) for label in ids]
         names = ("pixel_values", "input_boxes", "input_points")
         encoded = {name: inputs[name][0].float() for name in names if name in inputs}
         if "input_labels" in inputs:
@@ -138,25 +140,27 @@ class TrainingSet(Dataset):
         return self.samples[order[place]]
 
     def crop(self, sample: Sample, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Returns a part of the sample, augmented, its labels, and the objects that can be drawn from it."""
+        """Returns an augmented part of the sample (H, W, 3), its labels (..., H, W), and the objects to draw from."""
         image, labels = sample.read()
         if self.augment == "none":
             return image, labels, sample.ids
         ids = sample.ids
         window: Window = np.s_[:, :]
         for _ in range(10):  # after ten attempts, use the whole sample
-            size = [max(1, int(edge * rng.uniform(0.6, 1))) for edge in labels.shape]
-            top, left = (int(rng.integers(full - part + 1)) for full, part in zip(labels.shape, size, strict=True))
+            edges = labels.shape[-2:]
+            size = [max(1, int(edge * rng.uniform(0.6, 1))) for edge in edges]
+            top, left = (int(rng.integers(full - part + 1)) for full, part in zip(edges, size, strict=True))
             part = np.s_[top : top + size[0], left : left + size[1]]
-            shown = np.intersect1d(sample.ids, visible(shrink(labels[part], self.encode.mask_side), self.min_area))
+            shown = np.intersect1d(
+                sample.ids, visible(shrink(labels[..., *part], self.encode.mask_side), self.min_area)
+            )
             if len(shown):
                 ids, window = shown, part
                 break
         turns = int(rng.integers(4)) if self.augment == "turn" else 0
         mirror = int(rng.choice([-1, 1]))
-        image, labels = (
-            np.ascontiguousarray(np.rot90(array[window], turns)[:, ::mirror]) for array in (image, labels)
-        )
+        image = np.ascontiguousarray(np.rot90(image[window], turns)[:, ::mirror])
+        labels = np.ascontiguousarray(np.rot90(labels[..., *window], turns, axes=(-2, -1))[..., ::mirror])
         return image, labels, ids
 
 

@@ -1,13 +1,14 @@
 """Divides the data into training and validation samples: images, or tiles of images."""
 
 import functools
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from tqdm import tqdm
 
-from .sources import DataError, Source
+from .sources import DataError, LabelledImage, Source
 
 
 Window = tuple[slice, slice]
@@ -15,20 +16,21 @@ Window = tuple[slice, slice]
 
 @dataclass(frozen=True)
 class Sample:
-    """A window of an image, and the ids of the objects used from it."""
+    """A window of an image, the ids of the objects used from it, and their categories as far as there are any."""
 
     source: Source
     window: Window
     ids: np.ndarray
+    categories: dict[int, str] = field(default_factory=dict)
 
     def read(self) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the part of the image (H, W, 3) and its labels (H, W), with all objects that show in it."""
-        image, labels = read_cached(self.source)
-        return image[self.window], labels[self.window]
+        """Returns the part of the image (H, W, 3) and its labels (..., H, W), with all objects that show in it."""
+        whole = read_cached(self.source)
+        return whole.image[self.window], whole.labels[..., *self.window]
 
 
 @functools.lru_cache(maxsize=8)  # images may be large, and many tiles share one
-def read_cached(source: Source) -> tuple[np.ndarray, np.ndarray]:
+def read_cached(source: Source) -> LabelledImage:
     """Reads a source, and keeps the last ones in memory."""
     return source.read()
 
@@ -67,26 +69,28 @@ def train_validation_parts(
     Raises:
         DataError: If there is something wrong with any of the files, or nothing is left to learn from or validate on.
     """
-    sizes = check(sources)
+    sizes, left_out = check(sources)
     held_out = set(np.random.default_rng(seed).permutation(len(sources))[: max(1, round(validation * len(sources)))])
     samples: dict[bool, list[Sample]] = {False: [], True: []}
     fragments = empty = spanning = 0
     for index, (source, size) in enumerate(zip(sources, sizes, strict=True)):
-        _, labels = read_cached(source)
+        labels, categories = read_cached(source).labels, read_cached(source).categories
         parts, excluded = {index in held_out: (slice(0, size[0]), slice(0, size[1]))}, np.array([], dtype=labels.dtype)
         if len(sources) == 1:
             parts = halves(size, validation)
-            excluded = np.intersect1d(labels[parts[False]], labels[parts[True]])
+            excluded = np.intersect1d(labels[..., *parts[False]], labels[..., *parts[True]])
             spanning = int(np.count_nonzero(excluded))
         for is_validation, part in parts.items():
             for window in tiles(part, tile, overlap):
-                shown = np.setdiff1d(np.unique(labels[window]), [0, *excluded])
-                ids = np.intersect1d(shown, visible(shrink(labels[window], mask_side), min_area))
+                part_labels = labels[..., *window]
+                shown = np.setdiff1d(np.unique(part_labels), [0, *excluded])
+                ids = np.intersect1d(shown, visible(shrink(part_labels, mask_side), min_area))
                 fragments += len(shown) - len(ids)
                 empty += not len(ids)
                 if len(ids):
-                    samples[is_validation].append(Sample(source, window, ids))
-    notes = [
+                    names = {number: categories[number] for number in ids.tolist() if number in categories}
+                    samples[is_validation].append(Sample(source, window, ids, names))
+    notes = [f"{number} {what}" for what, number in left_out.items()] + [
         f"{number} {what}"
         for number, what in (
             (spanning, "objects cross the border between training and validation part and are left out of both"),
@@ -106,27 +110,29 @@ def train_validation_parts(
     return TrainValidationParts(samples[False], samples[True], notes)
 
 
-def check(sources: list[Source]) -> list[tuple[int, int]]:
-    """Returns the (height, width) of each image.
+def check(sources: list[Source]) -> tuple[list[tuple[int, int]], Counter[str]]:
+    """Returns the (height, width) of each image, and how many objects the sources left out, by reason.
 
     Raises:
         DataError: With every problem of every image.
     """
-    sizes, problems = [], []
+    sizes, left_out, problems = [], Counter[str](), []
     for source in tqdm(sources, desc="Reading", unit="image", disable=len(sources) < 50):
         try:
-            image, labels = read_cached(source)
-            sizes.append(labels.shape)
-            if image.shape[:2] != labels.shape:
+            whole = read_cached(source)
+            height, width = whole.image.shape[:2]
+            if whole.labels.shape[-2:] != (height, width):
                 raise ValueError(
-                    f"{source.name}: expected a mask of {image.shape[1]} x {image.shape[0]} pixels (the image's "
-                    f"size), got {labels.shape[1]} x {labels.shape[0]}."
+                    f"{source.name}: expected a mask of {width} x {height} pixels (the image's size), "
+                    f"got {whole.labels.shape[-1]} x {whole.labels.shape[-2]}."
                 )
+            sizes.append((height, width))
+            left_out += whole.left_out
         except (ValueError, OSError) as error:
             problems.append(str(error))
     if problems:
         raise DataError(problems)
-    return sizes
+    return sizes, left_out
 
 
 def halves(size: tuple[int, int], validation: float) -> dict[bool, Window]:
@@ -155,12 +161,14 @@ def tiles(part: Window, side: int | None, overlap: float) -> Iterator[Window]:
 
 
 def shrink(labels: np.ndarray, side: int) -> np.ndarray:
-    """Downscales `labels` (nearest neighbour) to `side` pixels on the longest edge, with the processor's rounding."""
-    size = [max(1, int(edge * side / max(labels.shape) + 0.5)) for edge in labels.shape]
-    rows, columns = (
-        ((np.arange(new) + 0.5) * old / new).astype(int) for new, old in zip(size, labels.shape, strict=True)
-    )
-    return labels[rows[:, None], columns]
+    """Downscales `labels` (..., H, W) to `side` pixels on the longest edge, with the processor's rounding.
+
+    Of the pixels that become one, the nearest is taken.
+    """
+    edges = labels.shape[-2:]
+    size = [max(1, int(edge * side / max(edges) + 0.5)) for edge in edges]
+    rows, columns = (((np.arange(new) + 0.5) * old / new).astype(int) for new, old in zip(size, edges, strict=True))
+    return labels[..., rows[:, None], columns]
 
 
 def visible(labels: np.ndarray, min_area: int) -> np.ndarray:

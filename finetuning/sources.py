@@ -1,11 +1,9 @@
-"""Sources of images and the labels of the objects in them: files in pairs, and a photograph of coins.
-
-Labels are arrays (H, W) of integers, 0 for background and another number for each object.
-"""
+"""Sources of images and the labels of the objects in them: files in pairs, and a photograph of coins."""
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -24,14 +22,32 @@ class DataError(ValueError):
         super().__init__("\n".join([*problems[:most], *more]))
 
 
+@dataclass
+class LabelledImage:
+    """An image and the objects in it.
+
+    Args:
+        image: (H, W, 3) uint8.
+        labels: Integers (H, W), 0 for background and another number for each object; (layers, H, W) if objects overlap
+            (`overlaps.py`).
+        categories: The category of each object, by number, as far as the source has categories.
+        left_out: How many objects of the image were left out, by reason.
+    """
+
+    image: np.ndarray
+    labels: np.ndarray
+    categories: dict[int, str] = field(default_factory=dict)
+    left_out: Counter[str] = field(default_factory=Counter)
+
+
 class Source(ABC):
     """A source of one image and its labels."""
 
     name: str
 
     @abstractmethod
-    def read(self) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the image (H, W, 3) uint8 and its labels (H, W).
+    def read(self) -> LabelledImage:
+        """Returns the image and its objects.
 
         Raises:
             ValueError: If there is something wrong, in one line that names the file.
@@ -48,8 +64,8 @@ class FilePair(Source):
     def __post_init__(self) -> None:
         self.name = str(self.image)
 
-    def read(self) -> tuple[np.ndarray, np.ndarray]:  # noqa: D102, as in Source
-        return read_image(self.image), read_mask(self.mask)
+    def read(self) -> LabelledImage:  # noqa: D102, as in Source
+        return LabelledImage(read_image(self.image), read_mask(self.mask))
 
 
 class Coins(Source):
@@ -60,12 +76,12 @@ class Coins(Source):
 
     name = "skimage.data.coins()"
 
-    def read(self) -> tuple[np.ndarray, np.ndarray]:  # noqa: D102, as in Source
+    def read(self) -> LabelledImage:  # noqa: D102, as in Source
         image = data.coins()
         markers = np.zeros_like(image)
         markers[image < 30], markers[image > 150] = 1, 2
         filled = ndimage.binary_fill_holes(segmentation.watershed(filters.sobel(image), markers) == 2)
-        return as_rgb(image), measure.label(morphology.remove_small_objects(filled, max_size=200))
+        return LabelledImage(as_rgb(image), measure.label(morphology.remove_small_objects(filled, max_size=200)))
 
 
 def paired_files(images: Path, masks: Path) -> list[Source]:

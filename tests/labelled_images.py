@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from finetuning.sources import Source
+from finetuning.sources import LabelledImage, Source
 
 
 MASK_SIDE = 32  # of the tiny models
@@ -17,10 +17,11 @@ class Array(Source):
     def __init__(self, labels: np.ndarray, name: str = "array"):
         self.name = name
         self.labels = labels
-        self.image = np.stack([labels * 20 % 256] * 3, -1).astype(np.uint8)
+        front = (labels if labels.ndim == 2 else labels.max(0)).astype(int)
+        self.image = np.stack([front * 20 % 256] * 3, -1).astype(np.uint8)
 
-    def read(self) -> tuple[np.ndarray, np.ndarray]:
-        return self.image, self.labels
+    def read(self) -> LabelledImage:
+        return LabelledImage(self.image, self.labels)
 
 
 def blocks(height: int = 40, width: int = 48) -> np.ndarray:

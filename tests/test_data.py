@@ -187,7 +187,7 @@ def test_the_smaller_object_is_in_front_without_areas(tmp_path):
         for number, outline in enumerate(outlines, start=1)
     ]
     (source,), _ = coco_images(tmp_path / "images", coco_file(tmp_path, annotations=annotations))
-    _, labels = source.read()
+    labels = source.read().labels
     assert labels[15, 25] == 2
     assert labels[5, 5] == 1
 
@@ -196,7 +196,7 @@ def test_the_smaller_object_is_in_front_without_areas(tmp_path):
 def test_reads_coco_polygons_and_run_lengths(tmp_path, capsys):
     sources, notes = coco_images(tmp_path / "images", coco_file(tmp_path))
     (source,) = sources
-    _, labels = source.read()
+    labels = source.read().labels
     np.testing.assert_array_equal(labels == 2, blocks() == 310)
     assert (labels[2:38, 2:46] > 0).all()
     assert [note[:10] for note in notes] == ["1 images w", "1 crowd an"]
@@ -230,5 +230,5 @@ def test_refuses_bad_coco(changes, problem, tmp_path):
 
 
 def test_coins():
-    _, labels = Coins().read()
+    labels = Coins().read().labels
     assert len(np.unique(labels)) == 25
