@@ -21,6 +21,8 @@ require_version("torch>=2.7", "Attention asks torch.compiler.is_exporting(): pip
 
 SAM_SPLIT_VERSION = "0.2.0"  # of this code, see CHANGELOG.md
 ATTENTION_IMPLEMENTATIONS = ("eager", "sdpa")
+ONLY_ON_LOAD = ("_attention_tile_bytes", "_interpolate_pos_encoding")  # settings that are never saved
+POSITIVE = ("hidden_size", "num_attention_heads", "image_size", "patch_size")
 TYPES = {bool: (bool,), int: (int,), float: (float, int), str: (str,), list: (list, tuple), tuple: (list, tuple)}
 
 
@@ -38,7 +40,9 @@ class SamSplitConfigMixin:
         split = cls.from_dict(settings, attn_implementation=config._attn_implementation)  # type: ignore[attr-defined]
         for part in split.sub_configs:  # which may have one each, that no dictionary holds
             getattr(split, part)._attn_implementation = getattr(config, part)._attn_implementation
-        split.attention_tile_bytes = getattr(config, "attention_tile_bytes", None)
+        ours, given = (getattr(each, "vision_config", each) for each in (split, config))
+        ours.attention_tile_bytes = getattr(given, "attention_tile_bytes", None)
+        ours._interpolate_pos_encoding = getattr(given, "_interpolate_pos_encoding", False)
         return split
 
     def to_sam(self) -> PreTrainedConfig:
@@ -59,6 +63,19 @@ class SamSplitConfigMixin:
         """
         config_dict, kwargs = super().get_config_dict(*args, **kwargs)  # type: ignore[misc]
         return _with_split_types(config_dict), kwargs
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], *, image_size: int | None = None, **kwargs) -> Any:
+        """As in `PreTrainedConfig`, for another side of images in pixels, if one is given.
+
+        `from_pretrained` then interpolates the checkpoint's position tables, instead of refusing them.
+        """
+        if image_size is None:
+            return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
+        loaded = super().from_dict(cls._with_image_size(config_dict, image_size), **kwargs)  # type: ignore[misc]
+        config = loaded[0] if isinstance(loaded, tuple) else loaded  # with return_unused_kwargs
+        getattr(config, "vision_config", config)._interpolate_pos_encoding = True
+        return loaded
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str) -> dict[str, Any]:
@@ -141,10 +158,12 @@ class SamSplitVisionConfig(SamSplitConfigMixin, SamVisionConfig):
         self._attention_tile_bytes = value
 
     def to_dict(self) -> dict[str, Any]:
-        """As in `PreTrainedConfig`, without the setting of the machine."""
-        settings = super().to_dict()
-        del settings["_attention_tile_bytes"]
-        return settings
+        """As in `PreTrainedConfig`, without what applies to one load only."""
+        return {name: value for name, value in super().to_dict().items() if name not in ONLY_ON_LOAD}
+
+    @staticmethod
+    def _with_image_size(config_dict: dict[str, Any], image_size: int) -> dict[str, Any]:
+        return {**config_dict, "image_size": image_size}
 
 
 class SamSplitConfig(SamSplitConfigMixin, SamConfig):
@@ -180,6 +199,12 @@ class SamSplitConfig(SamSplitConfigMixin, SamConfig):
     def attention_tile_bytes(self, value: int | None) -> None:
         self.vision_config.attention_tile_bytes = value
 
+    @staticmethod
+    def _with_image_size(config_dict: dict[str, Any], image_size: int) -> dict[str, Any]:
+        parts = {part: {**config_dict.get(part, {})} for part in ("vision_config", "prompt_encoder_config")}
+        parts["prompt_encoder_config"].pop("image_embedding_size", None)  # which the constructor derives
+        return {**config_dict, **{part: {**settings, "image_size": image_size} for part, settings in parts.items()}}
+
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
@@ -206,7 +231,9 @@ def check_types(settings: Any, stock_class: type[PreTrainedConfig]) -> None:
         if type(value) not in types or any(type(item) is not int for item in items):
             expected = "of int" if list in types else f"of type {types[0].__name__}"
             raise ValueError(f"{name}={value!r:.40} should be {'a list ' if list in types else ''}{expected}.")
-        if type(value) in (int, float) and value < (name in ("hidden_size", "num_attention_heads", "patch_size")):
+        if type(value) in (int, float) and value < (
+            name in ("hidden_size", "num_attention_heads", "image_size", "patch_size")
+        ):
             raise ValueError(f"{name}={value!r} is too small.")
 
 

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter
@@ -154,8 +155,9 @@ def check_loaded(
         if key.endswith("pos_embed") or (key.endswith("rel_pos_h") and ours[0] == 2 * grid_size - 1):
             side = config.patch_size * (theirs[1] if len(theirs) == 4 else (theirs[0] + 1) // 2)
             advice = (
-                f"The checkpoint is for images of {side} pixels, and the configuration for {config.image_size}: set "
-                f"image_size={side} in vision_config and prompt_encoder_config."
+                f"The checkpoint is for images of {side} pixels, and the configuration for {config.image_size}: give "
+                f"image_size={config.image_size} to from_pretrained, which then interpolates the position tables, or "
+                f"set image_size={side} in vision_config and prompt_encoder_config."
             )
     raise ValueError(f"{type(model).__name__} would not hold the weights of this checkpoint. Weights {text}. {advice}")
 
@@ -177,6 +179,44 @@ class SplitQKV(ConversionOps):
             "Split checkpoints are saved split: save what contains such a model with save_original_format=False, or "
             "use to_sam() for a stock, fused checkpoint."
         )
+
+
+def interpolate_positions(table: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """Returns a table of absolute (1, H, W, C) or relative positions (L, d) in another shape of this kind.
+
+    Bicubic, as `interpolate_pos_encoding` of transformers' ViT, and linear, as `SamVisionAttention.get_rel_pos`.
+    """
+    if table.shape == shape:
+        return table
+    channels_first, mode = (table.permute(0, 3, 1, 2), "bicubic") if table.ndim == 4 else (table.T[None], "linear")
+    size = shape[1:3] if table.ndim == 4 else shape[:1]
+    resized = F.interpolate(channels_first.float(), size, mode=mode, align_corners=False).to(table.dtype)
+    return resized.permute(0, 2, 3, 1).contiguous() if table.ndim == 4 else resized[0].T.contiguous()
+
+
+class InterpolatePositions(ConversionOps):
+    """`interpolate_positions` as a step of `from_pretrained`, where it was given an image size."""
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        full_layer_name: str = "",
+        model: Any = None,
+        **kwargs,
+    ) -> dict[str, torch.Tensor]:
+        """Returns the table, in the shape that the model has for it."""
+        ((table,),) = input_dict.values()
+        config = getattr(model.config, "vision_config", model.config)
+        if getattr(config, "_interpolate_pos_encoding", False):
+            table = interpolate_positions(table, model.get_parameter(full_layer_name).shape)
+        return {target_patterns[0]: table}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        """There is none: tables are saved as they are."""
+        return self
 
 
 # transformers < 5.12: bitsandbytes would quantize the first result only.
@@ -214,7 +254,11 @@ for _model_type in (SamSplitConfig.model_type, SamSplitVisionConfig.model_type):
                 source_patterns=r"\.attn\.qkv\.",
                 target_patterns=[f".attn.{name}." for name in PROJECTIONS],
                 operations=[SplitQKV()],
-            )
+            ),
+            *(
+                WeightConverter(rf"\.{name}$", f".{name}", operations=[InterpolatePositions()])
+                for name in ("pos_embed", "rel_pos_h", "rel_pos_w")
+            ),
         ],
         overwrite=True,
     )

@@ -124,7 +124,9 @@ def resized(source: Path, path: Path, side: int, **vision) -> Path:
 def test_another_image_size_is_named(use_abs_pos: bool, tmp_path: Path) -> None:
     stock_model(use_abs_pos=use_abs_pos).save_pretrained(tmp_path / "stock")
     path = resized(tmp_path / "stock", tmp_path / "sam", 128)
-    with pytest.raises(ValueError, match=r"for images of 64 pixels, and the configuration for 128: set image_size=64"):
+    with pytest.raises(
+        ValueError, match="for images of 64 pixels, and the configuration for 128: give image_size=128"
+    ):
         split_class().from_pretrained(path)
 
 
