@@ -37,7 +37,7 @@ class SamSplitConfigMixin:
         if isinstance(config, cls):
             return config
         settings = _with_split_types(config.to_dict())
-        split = cls.from_dict(settings, attn_implementation=config._attn_implementation)  # type: ignore[attr-defined]
+        split = cls.from_dict(settings, attn_implementation=config._attn_implementation)
         for part in split.sub_configs:  # which may have one each, that no dictionary holds
             getattr(split, part)._attn_implementation = getattr(config, part)._attn_implementation
         ours, given = (getattr(each, "vision_config", each) for each in (split, config))
@@ -74,8 +74,13 @@ class SamSplitConfigMixin:
             return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
         loaded = super().from_dict(cls._with_image_size(config_dict, image_size), **kwargs)  # type: ignore[misc]
         config = loaded[0] if isinstance(loaded, tuple) else loaded  # with return_unused_kwargs
-        getattr(config, "vision_config", config)._interpolate_pos_encoding = True
+        vision_config: Any = getattr(config, "vision_config", config)
+        vision_config._interpolate_pos_encoding = True
         return loaded
+
+    @staticmethod
+    def _with_image_size(config_dict: dict[str, Any], image_size: int) -> dict[str, Any]:
+        return {**config_dict, "image_size": image_size}
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str) -> dict[str, Any]:
@@ -160,10 +165,6 @@ class SamSplitVisionConfig(SamSplitConfigMixin, SamVisionConfig):
     def to_dict(self) -> dict[str, Any]:
         """As in `PreTrainedConfig`, without what applies to one load only."""
         return {name: value for name, value in super().to_dict().items() if name not in ONLY_ON_LOAD}
-
-    @staticmethod
-    def _with_image_size(config_dict: dict[str, Any], image_size: int) -> dict[str, Any]:
-        return {**config_dict, "image_size": image_size}
 
 
 class SamSplitConfig(SamSplitConfigMixin, SamConfig):
