@@ -1,0 +1,120 @@
+"""How a trained model is to be used: settings that travel with its weights, as `segmentation.json`."""
+
+import json
+import warnings
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Self
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+
+FILE_NAME = "segmentation.json"
+MULTIMASK = ("single-point", "always", "never")
+
+
+class SegmentationSettingsError(ValueError):
+    """Settings that are out of range, or a file that holds none."""
+
+
+@dataclass(frozen=True)
+class SegmentationSettings:
+    """How to read images, prompt the model, and choose among its masks.
+
+    The recipe writes them beside the weights that it has trained. `segment.py`, `evaluate.py` and `app.py` use them
+    unless told otherwise.
+
+    Args:
+        image_size: Side of the images that the model was trained on, in pixels; None for the base's own.
+        tile: Side of the windows that larger images are cut into, in pixels; None to scale images down instead.
+        overlap: Share of a tile that the next one shows too.
+        multimask: When to choose among three masks: for a `single-point` (boxes and several points give one mask), as
+            Segment Anything advises; `always`; or `never`.
+        grid: Points along a side of the grid that finds all objects of an image or tile.
+        min_iou: Lowest predicted IoU of a mask that the grid finds.
+        min_stability: Lowest stability score of such a mask.
+        max_overlap: Highest IoU of two such masks. Of masks with a higher one, the best rated is kept.
+
+    Raises:
+        SegmentationSettingsError: If a setting is out of range.
+    """
+
+    image_size: int | None = None
+    tile: int | None = None
+    overlap: float = 0.25
+    multimask: str = "single-point"
+    grid: int = 32
+    min_iou: float = 0.88
+    min_stability: float = 0.95
+    max_overlap: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "tile", "grid"):
+            value = getattr(self, name)
+            if not (isinstance(value, int) and value > 0) and not (value is None and name != "grid"):
+                raise SegmentationSettingsError(f"{name} {value!r}: expected a whole number above 0.")
+        for name in ("overlap", "min_iou", "min_stability", "max_overlap"):
+            value = getattr(self, name)
+            if not (isinstance(value, int | float) and 0 <= value <= 1):
+                raise SegmentationSettingsError(f"{name} {value!r}: expected a number from 0 to 1.")
+        if self.overlap > 0.9:  # more than a hundred windows would show each pixel
+            raise SegmentationSettingsError(f"overlap {self.overlap:g}: expected at most 0.9.")
+        if self.multimask not in MULTIMASK:
+            raise SegmentationSettingsError(f"multimask {self.multimask!r}: expected one of {', '.join(MULTIMASK)}.")
+
+    def but(self, **changes: Any) -> Self:
+        """Returns these settings with all `changes` that are not None."""
+        return replace(self, **{name: value for name, value in changes.items() if value is not None})
+
+    def save(self, folder: Path) -> Path:
+        """Writes the settings into the folder of the weights, and returns the file's path."""
+        path = folder / FILE_NAME
+        path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        return path
+
+    @classmethod
+    def load(cls, source: str | Path, revision: str | None = None) -> Self:
+        """Returns the settings that lie beside the weights of `source`, or the defaults if there are none.
+
+        Args:
+            source: Folder or Hub id of an adapter or a model.
+            revision: Of it, on the Hub.
+
+        Raises:
+            SegmentationSettingsError: If the file is damaged, or holds settings that this version does not know.
+        """
+        path = settings_file(source, revision)
+        if path is None:
+            return cls()
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise SegmentationSettingsError(f"{path}: cannot be read: {error}") from error
+        known = {field.name for field in fields(cls)}
+        if not isinstance(values, dict) or not known.issuperset(values):
+            unknown = ", ".join(sorted(set(values) - known)) if isinstance(values, dict) else type(values).__name__
+            raise SegmentationSettingsError(
+                f"{path}: expected settings among {', '.join(sorted(known))}; got {unknown}."
+            )
+        try:
+            return cls(**values)
+        except SegmentationSettingsError as error:
+            raise SegmentationSettingsError(f"{path}: {error}") from error
+
+
+def settings_file(source: str | Path, revision: str | None = None) -> Path | None:
+    """Returns the path of the settings in a folder or Hub repo, or None where there are none."""
+    if Path(source).is_dir():
+        path = Path(source, FILE_NAME)
+        return path if path.exists() else None
+    try:
+        return Path(hf_hub_download(str(source), FILE_NAME, revision=revision))
+    except LocalEntryNotFoundError:
+        warnings.warn(
+            f"{source}: the Hub cannot be reached, and no {FILE_NAME} is cached. The default settings are used.",
+            stacklevel=3,
+        )
+    except (EntryNotFoundError, HfHubHTTPError, HFValidationError):
+        pass  # a model without settings; one that does not exist is reported where its weights are loaded
+    return None

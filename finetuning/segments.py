@@ -1,0 +1,149 @@
+"""Masks of objects, cropped to their boxes: cleaning, overlap, and label images."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import ndimage
+
+
+IN_PLANE = np.zeros((3, 3, 3), dtype=bool)  # connects the pixels of a mask, and not those of two masks
+IN_PLANE[1] = True
+IN_PLANE_STRAIGHT = IN_PLANE & (ndimage.generate_binary_structure(3, 1))
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """The mask of one object, cropped to its box.
+
+    Args:
+        left: Column of the first pixel of `crop` in the image.
+        top: Row of it.
+        crop: The mask within its box, bool (H, W).
+        rating: IoU that the model predicts.
+        stability: Stability score.
+        category: Name of the object's class, where there is one.
+    """
+
+    left: int
+    top: int
+    crop: np.ndarray
+    rating: float
+    stability: float
+    category: str | None = None
+
+    @property
+    def box(self) -> tuple[int, int, int, int]:
+        """Left, top, right and bottom; the last two are one pixel outside."""
+        height, width = self.crop.shape
+        return self.left, self.top, self.left + width, self.top + height
+
+    @property
+    def window(self) -> tuple[slice, slice]:
+        """Rows and columns of the box."""
+        left, top, right, bottom = self.box
+        return slice(top, bottom), slice(left, right)
+
+    @property
+    def area(self) -> int:
+        """Number of pixels."""
+        return int(np.count_nonzero(self.crop))
+
+    def full(self, shape: tuple[int, int]) -> np.ndarray:
+        """Returns the mask in the whole image, bool (H, W)."""
+        mask = np.zeros(shape, dtype=bool)
+        mask[self.window] = self.crop
+        return mask
+
+
+def segment_of(
+    mask: np.ndarray,
+    rating: float = 1.0,
+    stability: float = 1.0,
+    offset: tuple[int, int] = (0, 0),
+    category: str | None = None,
+) -> Segment:
+    """Returns the segment of a bool mask (H, W), whose first pixel is at `offset` (top, left) in the image.
+
+    An empty mask becomes a segment without pixels.
+    """
+    rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+    top, bottom = (rows[0], rows[-1] + 1) if len(rows) else (0, 0)
+    left, right = (columns[0], columns[-1] + 1) if len(columns) else (0, 0)
+    crop = mask[top:bottom, left:right].copy()
+    return Segment(int(left) + offset[1], int(top) + offset[0], crop, rating, stability, category)
+
+
+def segments_of(labels: np.ndarray) -> list[Segment]:
+    """Returns the objects of a label image (H, W), 0 = background, in the order of their numbers."""
+    numbers = np.unique(labels[labels > 0])
+    dense = np.searchsorted(numbers, labels) + 1
+    dense[labels <= 0] = 0
+    return [
+        Segment(window[1].start, window[0].start, dense[window] == number, 1.0, 1.0)
+        for number, window in enumerate(ndimage.find_objects(dense), start=1)
+        if window is not None
+    ]
+
+
+def as_labels(segments: Sequence[Segment], shape: tuple[int, int]) -> np.ndarray:
+    """Numbers the segments from 1 in one image (H, W) of uint16, or uint32 if there are too many for that.
+
+    Where they overlap, the last is in front.
+    """
+    labels = np.zeros(shape, dtype=np.uint16 if len(segments) < 2**16 else np.uint32)
+    for number, segment in enumerate(segments, start=1):
+        labels[segment.window][segment.crop] = number
+    return labels
+
+
+def clean(masks: np.ndarray) -> np.ndarray:
+    """Keeps the largest component of each mask (n, H, W), and fills its holes.
+
+    Pixels of a component touch at edges or corners; those of a hole, at edges.
+    """
+    if not masks.size:
+        return masks
+    components, _ = ndimage.label(masks, IN_PLANE)
+    areas = np.bincount(components.ravel())
+    areas[0] = 0
+    last = np.maximum.accumulate(components.max((1, 2)))  # components are numbered mask by mask
+    first = np.concatenate([[0], last[:-1]]) + 1
+    ranges = zip(first, last, strict=True)
+    largest = [start + areas[start : stop + 1].argmax() if stop >= start else -1 for start, stop in ranges]
+    kept = components == np.reshape(largest, (-1, 1, 1))
+    outside, number = ndimage.label(~kept, IN_PLANE_STRAIGHT)
+    is_open = np.zeros(number + 1, dtype=bool)
+    for edge in (outside[:, 0], outside[:, -1], outside[:, :, 0], outside[:, :, -1]):
+        is_open[edge.ravel()] = True
+    is_open[0] = False
+    return ~is_open[outside]
+
+
+def distinct(masks: np.ndarray, ratings: np.ndarray, max_overlap: float) -> np.ndarray:
+    """Non-maximum suppression on masks: of two masks with an IoU above `max_overlap`, the better rated is kept.
+
+    Boxes are not looked at: an island far from an object stretches its box, so that boxes of two masks of one object
+    may differ where the masks hardly do.
+
+    Args:
+        masks: bool (n, H, W).
+        ratings: (n,).
+        max_overlap: IoU.
+
+    Returns:
+        Indices of the masks to keep, best first.
+    """
+    number, height, width = masks.shape
+    bits = np.packbits(masks.reshape(number, height * width), axis=1)
+    packed = np.pad(bits, ((0, 0), (0, -bits.shape[1] % 8))).view(np.uint64)  # (n, words)
+    areas = np.bitwise_count(packed).sum(1, dtype=np.int64)
+    order = np.argsort(-ratings, kind="stable")
+    packed, areas = packed[order], areas[order]
+    kept = []
+    while len(order):
+        kept.append(order[0])
+        shared = np.bitwise_count(packed[1:] & packed[0]).sum(1, dtype=np.int64)
+        others = 1 + np.flatnonzero(shared <= max_overlap * (areas[1:] + areas[0] - shared))
+        order, packed, areas = order[others], packed[others], areas[others]
+    return np.array(kept, dtype=int)
