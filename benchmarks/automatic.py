@@ -29,7 +29,7 @@ def main() -> None:
     args = parse_args()
     model, processor = load_base(args.base)
     model = model.eval()
-    image = read_image(args.image) if args.image else Coins().read()[0]
+    image = read_image(args.image) if args.image else Coins().read().image
     settings = SegmentationSettings(min_iou=args.min_iou, min_stability=args.min_stability)
     generate = pipeline("mask-generation", model=model.to_sam().eval(), image_processor=processor.image_processor)
     thresholds = {"pred_iou_thresh": args.min_iou, "stability_score_thresh": args.min_stability}

@@ -22,7 +22,7 @@ POINTS = ["--point", "50", "155", "--point", "110", "160"]  # two coins
 @pytest.fixture(scope="module")
 def coins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("photo") / "coins.png"
-    Image.fromarray(Coins().read()[0]).save(path)
+    Image.fromarray(Coins().read().image).save(path)
     return path
 
 
