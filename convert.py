@@ -34,7 +34,7 @@ def parse_args() -> argparse.Namespace:
         command.set_defaults(function=function)
         for name, (kind, description) in paths.items():
             command.add_argument(name, type=kind, metavar=name.upper(), help=description)
-        command.add_argument("--force", action="store_true", help="replace what is there")
+        command.add_argument("--force", action="store_true", help="replace an earlier output of the same kind")
         return command
 
     model, adapter = (str, "folder or Hub id of a model"), (str, "folder or Hub id of a LoRA adapter")

@@ -55,7 +55,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--base-revision", help="its branch, tag or commit")
     parser.add_argument("--output", type=Path, help="folder to keep what is staged in")
-    parser.add_argument("--force", action="store_true", help="replace OUTPUT if it is not empty")
+    parser.add_argument("--force", action="store_true", help="replace an earlier output in OUTPUT")
     parser.add_argument("--max-shard-size", default="5GB", help="size of weight files (%(default)s)")
     parser.add_argument("--repo-id", help="USER/NAME on the Hub to push to")
     parser.add_argument("--private", action="store_true", help="create the repo as a private one")

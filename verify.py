@@ -11,7 +11,8 @@ import sys
 from huggingface_hub.errors import HTTPError
 from safetensors import SafetensorError
 
-from checkpoint_tools.staging import fetch, one_line
+from checkpoint_tools.sources import fetch
+from checkpoint_tools.staging import one_line
 from checkpoint_tools.verification import verify
 
 

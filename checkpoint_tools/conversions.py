@@ -1,7 +1,5 @@
 """Turns SAM checkpoints and LoRA adapters into other layouts, and measures that they give the same masks."""
 
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +10,8 @@ from transformers import AutoProcessor, PreTrainedModel, SamConfig, SamModel
 from . import adapters, meta_layout, onnx_export
 from .comparison import Outputs, OutputsDifferError, compare, example_outputs, largest_relative_error
 from .loading import as_split, load, model_type, processor_for
-from .staging import split_class, staged
+from .outputs import mark_archive, staged, staged_file
+from .staging import split_class
 
 
 def to_sam(source: str, destination: Path, adapter: str | None = None, force: bool = False) -> float:
@@ -22,7 +21,7 @@ def to_sam(source: str, destination: Path, adapter: str | None = None, force: bo
         The largest absolute difference between the outputs of the written model and of `source`, relative to the
         largest output.
     """
-    with staged(destination, force) as folder:
+    with staged(destination, "stock model", force, sources=(source, adapter)) as folder:
         model, dtype = load(source)
         if adapter is not None:
             model = PeftModel.from_pretrained(model, adapter)
@@ -37,7 +36,7 @@ def to_sam(source: str, destination: Path, adapter: str | None = None, force: bo
 
 def to_split(source: str, destination: Path, force: bool = False) -> float:
     """Writes the stock model `source` as a split model with its code; returns the relative error, like `to_sam`."""
-    with staged(destination, force) as folder:
+    with staged(destination, "split model", force, sources=(source,)) as folder:
         if model_type(source) != SamConfig.model_type:
             raise ValueError(f"{source}: expected a stock SAM (model_type 'sam'), got {model_type(source)!r}.")
         split_class().from_pretrained(source).save_pretrained(folder)
@@ -51,7 +50,7 @@ def from_meta(
     file: Path, destination: Path, stock: bool = False, decoder_heads: int = 8, force: bool = False
 ) -> float:
     """Writes a checkpoint in Meta's layout as a split or `stock` model; returns the relative error, like `to_sam`."""
-    with staged(destination, force) as folder:
+    with staged(destination, "stock model" if stock else "split model", force, sources=(file,)) as folder:
         model = meta_layout.sam_from_meta(meta_layout.read(file), decoder_heads)
         dtype = model.dtype
         if stock:
@@ -64,14 +63,11 @@ def from_meta(
 
 def to_meta(source: str, file: Path, force: bool = False) -> float:
     """Writes a split or stock model as a checkpoint in Meta's layout; returns the relative error, like `to_sam`."""
-    if file.is_dir() or (file.exists() and not force):
-        raise FileExistsError(f"{file} exists: choose another name, or replace a file with --force.")
-    model, dtype = load(source)
-    model = model.to_sam()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}-") as folder:
-        staged_file = Path(folder, file.name)
-        torch.save(meta_layout.meta_from_sam(model.to(dtype)), staged_file)
+    with staged_file(file, "checkpoint in Meta's layout", force, sources=(source,)) as staged_path:
+        model, dtype = load(source)
+        model = model.to_sam()
+        torch.save(meta_layout.meta_from_sam(model.to(dtype)), staged_path)
+        mark_archive(staged_path, "checkpoint in Meta's layout")
         expected = example_outputs(model.float())
         decoder_heads = model.config.mask_decoder_config.num_attention_heads
         if decoder_heads != meta_layout.DECODER_HEADS:
@@ -86,15 +82,13 @@ def to_meta(source: str, file: Path, force: bool = False) -> float:
                 f"The decoder's layer_norm_eps is {epsilon}, and {meta_layout.DECODER_LAYER_NORM_EPS} in Meta's "
                 "code; the difference below includes that."
             )
-        back = meta_layout.sam_from_meta(meta_layout.read(staged_file), decoder_heads)
-        error = checked(back.float(), expected, dtype)
-        os.replace(staged_file, file)
-    return error
+        back = meta_layout.sam_from_meta(meta_layout.read(staged_path), decoder_heads)
+        return checked(back.float(), expected, dtype)
 
 
 def to_onnx(source: str, destination: Path, force: bool = False) -> float:
     """Writes a split or stock model as ONNX files, in float32; returns the relative error, in onnxruntime."""
-    with staged(destination, force) as folder:
+    with staged(destination, "ONNX model", force, sources=(source,)) as folder:
         model, _ = load(source)
         onnx_export.export(model, folder)
         copy_processor(source, folder)
@@ -120,7 +114,7 @@ def convert_adapter(
     force: bool,
 ) -> float:
     """Applies `convert` to the adapter `source`, and compares both on `base` (by default the base it names)."""
-    with staged(destination, force) as folder:
+    with staged(destination, "adapter", force, sources=(source, base)) as folder:
         to_fused = convert is adapters.to_fused
         adapter = adapters.Adapter.load(source)
         adapter.require(adapters.PROJECTIONS if to_fused else adapters.FUSED)

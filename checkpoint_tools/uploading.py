@@ -24,7 +24,9 @@ from huggingface_hub.errors import (
 from transformers import SamProcessor
 
 from .cards import card_facts, model_card
-from .staging import ROOT, fetch, one_line, split_class, staged
+from .outputs import MARKER, staged
+from .sources import fetch
+from .staging import ROOT, one_line, split_class
 from .verification import check_card
 
 
@@ -94,9 +96,7 @@ def upload(
     base_folder = fetch_base(base, base_revision, token)
     with tempfile.TemporaryDirectory(prefix="sam-split-") as temporary:
         output = output or Path(temporary, "model")
-        if base_folder.is_relative_to(output.resolve()):
-            raise ValueError(f"--output {output} contains the base and would overwrite it: choose another folder.")
-        with staged(output, force) as folder:
+        with staged(output, "model repo", force, sources=(base_folder,)) as folder:
             stage(base_folder, folder, max_shard_size)
             print("Verifying in a new process ...", flush=True)
             figures = run_verify(str(folder), base_folder)
@@ -110,7 +110,7 @@ def upload(
             f"SamModel's outputs: {figures['max_difference']:.1g}."
         )
         print(f"Would push to {repo_id}:" if dry_run else "Staged:")
-        for path in sorted(output.iterdir()):
+        for path in staged_files(output):
             print(f"{path.stat().st_size:>14,}  {path.name}")
         if destination and pushes:
             push(api, destination, output, head, base_folder, token)
@@ -199,6 +199,11 @@ def check_staged(folder: Path) -> None:
             raise ValueError(f"The staged {path.name} differs from this checkout's.")
 
 
+def staged_files(folder: Path) -> list[Path]:
+    """Returns the files of the model repo in `folder`, without the marker of outputs."""
+    return sorted(path for path in folder.iterdir() if path.name != MARKER)
+
+
 def is_ours(name: str) -> bool:
     """Whether a model repo of ours may hold a file of this name."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in FILES)
@@ -285,7 +290,7 @@ def commit_files(api: HfApi, destination: Destination, folder: Path, head: str |
         if destination.revision:
             api.create_branch(destination.repo_id, branch=destination.revision)
         head = api.model_info(destination.repo_id, revision=destination.revision).sha
-    files = {path.name: path for path in sorted(folder.iterdir())}
+    files = {path.name: path for path in staged_files(folder)}
     there = api.list_repo_files(destination.repo_id, revision=head)
     if "adapter_config.json" in there:
         raise ValueError(

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from transformers import AutoModel, AutoProcessor, PreTrainedModel, SamConfig, SamModel, SamProcessor
 
 from .comparison import compare, processed_outputs
-from .staging import fetch
+from .sources import fetch
 
 
 TOLERANCE = 1e-4  # relative to the largest output: rounding differs. Weights must be equal.

@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel
 from transformers import set_seed
 
-from checkpoint_tools.staging import staged
+from checkpoint_tools.outputs import staged
 
 from .coco import coco_images
 from .model import four_bits, load_base, make_trainable
@@ -136,8 +136,8 @@ def start(settings: Settings, parts: TrainValidationParts, world_size: int, is_m
     """Writes the settings into the output folder; with `resume`, returns the checkpoint to continue from.
 
     Raises:
-        SettingsError: If the folder belongs to something else, or the interrupted run had other settings.
-        FileExistsError: If it is in use.
+        SettingsError: If the interrupted run had other settings.
+        FileExistsError: If the folder is in use, or belongs to something else.
     """
     file = settings.output / "settings.json"
     run = {name: value for name, value in asdict(settings).items() if name not in NOT_PART_OF_THE_RUN}
@@ -161,12 +161,9 @@ def start(settings: Settings, parts: TrainValidationParts, world_size: int, is_m
             )
         return str(last)
     if is_main:
-        if settings.force and settings.output.is_dir() and any(settings.output.iterdir()) and not file.exists():
-            raise SettingsError(
-                f"--force: {settings.output} is not the output of an earlier run; choose another --output."
-            )
         # Start in a new folder, so that checkpoints of an earlier run are not mistaken for this run's.
-        with staged(settings.output, force=settings.force) as folder:
+        sources = (settings.images, settings.masks, settings.coco, settings.base)
+        with staged(settings.output, "fine-tuning run", settings.force, sources, grows=True) as folder:
             (folder / file.name).write_text(json.dumps(run, indent=2) + "\n")
     return None
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, SamModel
 
 from checkpoint_tools.comparison import relative_error
 from checkpoint_tools.masks import best_rated
-from checkpoint_tools.staging import staged
+from checkpoint_tools.outputs import staged
 
 from .model import load_base, trained
 from .pictures import plot_curves, plot_masks
@@ -47,12 +47,12 @@ def write_results(settings: Settings, folder: Path, metrics: dict[str, Any], val
     print(f"Pictures: {settings.output / 'masks.png'}, {settings.output / 'curves.png'}")
 
     if "merged" in settings.export:
-        with staged(settings.output / "merged", force=True) as target:
+        with staged(settings.output / "merged", "split model", force=True) as target:
             model.save_pretrained(target)
             processor.save_pretrained(target)
         print(f"Merged: {settings.output / 'merged'}")
     if "stock" in settings.export:
-        with staged(settings.output / "sam", force=True) as target:
+        with staged(settings.output / "sam", "stock model", force=True) as target:
             model.to_sam().save_pretrained(target)
             processor.save_pretrained(target)
         stock = SamModel.from_pretrained(settings.output / "sam").eval()

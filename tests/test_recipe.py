@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, SamModel
 
 import finetune
+from checkpoint_tools.outputs import MARKER
 from checkpoint_tools.staging import ROOT, SAM_TINY
 from finetuning.losses import MaskMetrics, object_scores
 from finetuning.model import load_base, trained
@@ -81,7 +82,7 @@ def test_leaves_everything_behind(whole_run):
     output, metrics, _ = whole_run
     assert {path.name for path in output.iterdir()} == {
         *("adapter", "merged", "sam", "checkpoints"),
-        *("settings.json", "metrics.json", "curves.png", "masks.png"),
+        *("settings.json", "metrics.json", "curves.png", "masks.png", MARKER),
     }
     assert {path.name for path in (output / "adapter").iterdir()} == {
         *("adapter_config.json", "adapter_model.safetensors", "README.md"),
@@ -165,7 +166,7 @@ def test_resume_refuses_other_settings(whole_run, tmp_path):
         (images / "new.png").unlink()
         (images.parent / "masks" / "new.png").unlink()
     (tmp_path / "precious.txt").touch()
-    with pytest.raises(SystemExit, match="not the output of an earlier run"):
+    with pytest.raises(SystemExit, match="not marked as an earlier output"):
         run(tmp_path, *arguments, "--force")
     assert (tmp_path / "precious.txt").exists()
 
