@@ -3,31 +3,36 @@
 Labels are (H, W), or (layers, H, W) where objects overlap. An object lies in one layer, whole.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 
 import numpy as np
 
 
-def layers_of(masks: Mapping[int, np.ndarray], size: tuple[int, int]) -> np.ndarray:
-    """Returns the masks (H, W) of objects, by number, as labels: (H, W) if none overlap, otherwise (layers, H, W).
+def layers_of(masks: Iterable[tuple[int, np.ndarray]], size: tuple[int, int], largest: int) -> np.ndarray:
+    """Returns labels from the numbers and masks (H, W) of objects: (H, W) if none overlap, or (layers, H, W).
 
-    The labels have the smallest unsigned integer type that holds the numbers.
+    Args:
+        masks: One object after the other, so that no two masks have to be in memory.
+        size: Height and width.
+        largest: The largest number; the labels have the smallest unsigned integer type that holds it.
     """
     layers: list[np.ndarray] = []
-    dtype = np.min_scalar_type(max(masks, default=0))
-    for number, mask in masks.items():
+    for number, mask in masks:
         rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
         if not len(rows):
             continue
         box = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-        layer = next((layer for layer in layers if not layer[box][mask[box]].any()), None)
+        inside = mask[box]
+        layer = next((layer for layer in layers if not layer[box][inside].any()), None)
         if layer is None:
-            layers.append(layer := np.zeros(size, dtype=dtype))
-        layer[box][mask[box]] = number
-    return np.stack(layers) if len(layers) > 1 else layers[0] if layers else np.zeros(size, dtype=dtype)
+            layers.append(layer := np.zeros(size, dtype=np.min_scalar_type(largest)))
+        layer[box][inside] = number
+    if not layers:
+        return np.zeros(size, dtype=np.uint8)
+    return np.stack(layers) if len(layers) > 1 else layers[0]
 
 
 def mask_of(labels: np.ndarray, number: int) -> np.ndarray:
-    """Returns the mask (H, W) of the object `number`, whatever lies over it."""
+    """Returns the mask (H, W) of the object `number`, whatever overlaps it."""
     mask = labels == number
     return mask if mask.ndim == 2 else mask.any(0)

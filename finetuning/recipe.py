@@ -111,7 +111,8 @@ def read_data(settings: Settings, mask_side: int) -> tuple[TrainValidationParts,
     """Returns the samples, and a sentence that describes them."""
     notes: list[str] = []
     if settings.images and settings.coco:
-        sources, notes = coco_images(settings.images, settings.coco)
+        found = coco_images(settings.images, settings.coco)
+        sources, notes = found.sources, [f"{number} {what}" for what, number in found.left_out.items()] + found.notes
     elif settings.images and settings.masks:
         sources = paired_files(settings.images, settings.masks)
     else:

@@ -84,6 +84,15 @@ class Coins(Source):
         return LabelledImage(as_rgb(image), measure.label(morphology.remove_small_objects(filled, max_size=200)))
 
 
+@dataclass
+class SourceList:
+    """Sources, how many of the things in the files are left out by reason, and notes on how they were read."""
+
+    sources: list[Source]
+    left_out: Counter[str] = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)
+
+
 def paired_files(images: Path, masks: Path) -> list[Source]:
     """Pairs image and mask files of the same name (without suffix) in two folders.
 

@@ -1,6 +1,5 @@
 """What the fine-tuning recipe reads, and what it refuses."""
 
-import json
 import struct
 import zlib
 from pathlib import Path
@@ -10,9 +9,7 @@ import pytest
 import tifffile
 from labelled_images import MASK_SIDE, blocks, save_pair
 from PIL import Image
-from pycocotools import mask as rle
 
-from finetuning.coco import coco_images
 from finetuning.images import read_image, read_mask
 from finetuning.samples import train_validation_parts
 from finetuning.sources import Coins, DataError, paired_files
@@ -153,80 +150,6 @@ def test_names_every_unpaired_file(tmp_path):
 
 def test_long_lists_of_problems_are_cut():
     assert str(DataError(map(str, range(50)))).splitlines()[-1] == "and 30 more"
-
-
-def coco_file(folder: Path, **changes) -> Path:
-    labels = blocks()
-    save_pair(folder, "a", labels)
-    block = np.asfortranarray(labels == 310, dtype=np.uint8)
-    run_lengths = {**rle.encode(block)}
-    run_lengths["counts"] = run_lengths["counts"].decode()
-    content = {
-        "images": [
-            {"id": 7, "file_name": "a.png", "height": 40, "width": 48},
-            {"id": 8, "file_name": "empty.png", "height": 40, "width": 48},
-        ],
-        "categories": [{"id": 1, "name": "block"}],
-        "annotations": [
-            {"id": 1, "image_id": 7, "category_id": 1, "area": 900, "segmentation": [[2, 2, 46, 2, 46, 38, 2, 38]]},
-            {"id": 2, "image_id": 7, "category_id": 1, "area": 80, "segmentation": run_lengths},
-            {"id": 3, "image_id": 7, "category_id": 1, "area": 9, "segmentation": [[0, 0, 1, 0, 1, 1]], "iscrowd": 1},
-        ],
-        **changes,
-    }
-    path = folder / "coco.json"
-    path.write_text(json.dumps(content))
-    return path
-
-
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools with numpy 2
-def test_the_smaller_object_is_in_front_without_areas(tmp_path):
-    outlines = [[20, 10, 30, 10, 30, 20, 20, 20], [2, 2, 46, 2, 46, 38, 2, 38]]
-    annotations = [
-        {"id": number, "image_id": 7, "category_id": 1, "area": None, "segmentation": [outline]}
-        for number, outline in enumerate(outlines, start=1)
-    ]
-    (source,), _ = coco_images(tmp_path / "images", coco_file(tmp_path, annotations=annotations))
-    labels = source.read().labels
-    assert labels[15, 25] == 2
-    assert labels[5, 5] == 1
-
-
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools with numpy 2
-def test_reads_coco_polygons_and_run_lengths(tmp_path, capsys):
-    sources, notes = coco_images(tmp_path / "images", coco_file(tmp_path))
-    (source,) = sources
-    labels = source.read().labels
-    np.testing.assert_array_equal(labels == 2, blocks() == 310)
-    assert (labels[2:38, 2:46] > 0).all()
-    assert [note[:10] for note in notes] == ["1 images w", "1 crowd an"]
-    assert capsys.readouterr().out == ""
-
-
-@pytest.mark.parametrize(
-    ("changes", "problem"),
-    [
-        ({"images": [{"id": 7, "file_name": "b.png", "height": 40, "width": 48}]}, "b.png: listed in"),
-        ({"images": [{"id": 7, "file_name": "a.png", "height": 41, "width": 48}]}, "got 48 x 40"),
-        (
-            {"annotations": [{"id": 1, "image_id": 9, "category_id": 1, "segmentation": []}]},
-            "image 9, which is not listed",
-        ),
-        (
-            {"annotations": [{"id": 5, "image_id": 7, "category_id": 1, "segmentation": {"counts": "x"}}]},
-            "invalid segmentation in annotation 5",
-        ),
-        ({"annotations": []}, "annotates no object"),
-        ({"images": [{"id": 7}]}, "not a COCO annotation file"),
-    ],
-)
-def test_refuses_bad_coco(changes, problem, tmp_path):
-    file = coco_file(tmp_path, **changes)
-    with pytest.raises(DataError, match=problem):
-        train_validation_parts(coco_images(tmp_path / "images", file)[0], MASK_SIDE)
-    file.write_text("{")
-    with pytest.raises(DataError, match="not a COCO annotation file"):
-        coco_images(tmp_path / "images", file)
 
 
 def test_coins():
