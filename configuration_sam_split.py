@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig, SamConfig, SamVisionConfig
 from transformers.utils.versions import require_version
 
 
-# Checked here because every road into this repo imports this file first, and older releases fail far less clearly.
+# Checked here because this file is always imported first, and older releases fail with unclear errors.
 require_version(
     "transformers>=5.0.0",
     "Checkpoints are split while loading, which needs transformers 5: pip install -U transformers",
@@ -27,7 +27,7 @@ TYPES = {bool: (bool,), int: (int,), float: (float, int), str: (str,), list: (li
 
 
 class SamSplitConfigMixin:
-    """Takes a stock SAM configuration, in memory or on disk, as one of ours, and gives it back."""
+    """Converts stock SAM configurations, in memory or on disk, to ours and back."""
 
     _stock_class: type[PreTrainedConfig]
 
@@ -93,7 +93,7 @@ class SamSplitConfigMixin:
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
-        """Does nothing: transformers would copy the code over its older copy, and leave half a file when killed."""
+        """Does nothing: `save_pretrained` writes the code. transformers' copy can leave half a file if killed."""
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> Any:
         """As in `PreTrainedConfig`, with the code that loads it and its version."""
@@ -116,10 +116,10 @@ class SamSplitVisionConfig(SamSplitConfigMixin, SamVisionConfig):
     """Configuration of `SamSplitVisionModel`: the arguments of `SamVisionConfig`, checked, and one more.
 
     Args:
-        attention_tile_bytes: What tiled `sdpa` attention may take for the scores of some of the queries, in bytes,
-            whatever the batch and the image size; inference holds one such tile at a time, training two. None stands
-            for 8 MB on CPUs, so that tiles stay in the caches, and 256 MB elsewhere. It is a setting of the machine,
-            given on load, and never saved.
+        attention_tile_bytes: Size in bytes of one tile of attention scores in tiled `sdpa` attention, whatever the
+            batch and the image size. Inference holds one tile at a time, training two. The default None means 8 MB on
+            CPUs, so that tiles stay in the caches, and 256 MB elsewhere. It depends on the machine. So it is given on
+            load and never saved.
 
     Raises:
         ValueError: If the settings have a wrong type, or would build a broken or silently different model.
@@ -153,7 +153,7 @@ class SamSplitVisionConfig(SamSplitConfigMixin, SamVisionConfig):
 
     @property
     def attention_tile_bytes(self) -> int | None:
-        """The limit of a tile in bytes, None for the default of the device."""
+        """Size of a tile in bytes, None for the default of the device."""
         return self.__dict__.get("_attention_tile_bytes")
 
     @attention_tile_bytes.setter
@@ -209,17 +209,17 @@ class SamSplitConfig(SamSplitConfigMixin, SamConfig):
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Yields a file to write, which then takes the place of `path` at once, as the process may be killed meanwhile."""
+    """Yields a temporary file that then replaces `path` in one step, so that a killed process leaves no half file."""
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
         yield Path(folder, path.name)
         Path(folder, path.name).replace(path)
 
 
 def check_types(settings: Any, stock_class: type[PreTrainedConfig]) -> None:
-    """Passes settings of the types that those of `stock_class` have by default.
+    """Checks that settings have the types of the defaults of `stock_class`.
 
     Raises:
-        ValueError: If `settings` are no dictionary, or one of them has another type or is negative.
+        ValueError: If `settings` are not a dictionary, or if one has another type or is too small.
     """
     if not isinstance(settings, dict):
         raise ValueError(f"{stock_class.base_config_key}={settings!r:.40} should be a dictionary of settings.")
@@ -239,10 +239,10 @@ def check_types(settings: Any, stock_class: type[PreTrainedConfig]) -> None:
 
 
 def check_attention_implementation(implementation: str | None) -> None:
-    """Passes the implementations that the vision encoder has, and None for the default.
+    """Checks that the vision encoder has this implementation; None means the default.
 
     Raises:
-        ValueError: If `implementation` is another one.
+        ValueError: If it does not.
     """
     if implementation not in (None, *ATTENTION_IMPLEMENTATIONS):
         raise ValueError(

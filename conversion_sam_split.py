@@ -1,4 +1,4 @@
-"""SAM's fused `qkv` and the separate `q`, `k` and `v`: the rule, its inverse, and its use by `from_pretrained`."""
+"""Conversion between SAM's fused `qkv` and separate `q`, `k`, `v`, and the steps that `from_pretrained` runs."""
 
 import itertools
 import re
@@ -30,27 +30,27 @@ def split_q_k_v(fused: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def split_state_dict(
-    state_dict: Mapping[str, torch.Tensor], places: Collection[str]
+    state_dict: Mapping[str, torch.Tensor], expected: Collection[str]
 ) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Splits the weights of one attention layer for a module that has the keys `places`.
+    """Splits the fused weights in the state dict of one attention layer.
 
     | `state_dict` holds of q, k, v | new entries | problem |
     |---|---|---|
-    | nothing | none | none: other weights alone are left to the caller |
+    | nothing | none | none: other weights are the caller's matter |
     | `qkv.weight`, and `qkv.bias` if there are biases | q, k and v of each | none |
     | all of `q`, `k`, `v` | as they are | none |
     | the biases of all three alone, as PEFT saves them with `bias="all"` | as they are | none |
-    | both a fused tensor and one of its parts | | one of them would be lost |
-    | a part of them, fused or split | | the rest would keep other values |
-    | a tensor without a place, such as one of an adapted `q`, or of a fused adapter | | it would be lost |
-    | a fused tensor of no multiple of three rows | | it cannot be split |
+    | a fused tensor and one of its parts | | one of them would be lost |
+    | some of them, fused or split | | the others would keep their old values |
+    | a tensor that is not expected, such as `q.weight` of an adapted `q`, or a fused adapter | | it would be lost |
+    | a fused tensor whose rows are not a multiple of three | | it cannot be split |
 
     Args:
         state_dict: Tensors by name within the layer, such as `qkv.weight`.
-        places: The names that the layer has.
+        expected: The keys of the layer's own state dict.
 
     Returns:
-        The state dict without fused tensors, and what is wrong, in a sentence each.
+        The state dict without fused tensors, and the problems, one sentence each.
     """
     entries, problems = dict(state_dict), []
     for kind in ("weight", "bias"):
@@ -66,16 +66,16 @@ def split_state_dict(
         entries |= {f"{name}.{kind}": part for name, part in parts.items()}
 
     names = {f"{name}.{kind}" for name in PROJECTIONS for kind in ("weight", "bias")}
-    own, present = names & set(places), names & entries.keys()
-    if displaced := sorted(present - own) + [key for key in entries if key.startswith("qkv.")]:
+    own, present = names & set(expected), names & entries.keys()
+    if unexpected := sorted(present - own) + [key for key in entries if key.startswith("qkv.")]:
         problems.append(
-            f"There is no place for {', '.join(displaced)}: if adapters wrap q, k or v, load the weights before "
-            "adding them; an adapter of the fused qkv does not fit them at all; and qkv_bias in the configuration "
-            "must be the checkpoint's."
+            f"The layer has no {', '.join(unexpected)}. If adapters wrap q, k or v, load the weights before you add "
+            "them. An adapter of the fused qkv must be converted first. qkv_bias in the configuration must be the "
+            "checkpoint's."
         )
     only_biases = present == {key for key in own if key.endswith(".bias")} and "qkv.bias" not in state_dict
     if present and not only_biases and (missing := sorted(own - present)):
-        problems.append(f"It holds a part of q, k and v, but lacks {', '.join(missing)}.")
+        problems.append(f"It holds only some of q, k and v. It lacks {', '.join(missing)}.")
     return entries, problems
 
 
@@ -113,17 +113,17 @@ def check_loaded(
     ignore_mismatched_sizes: bool,
     state_dicts: Iterable[Mapping[str, torch.Tensor]],
 ) -> None:
-    """Passes a model that has got a checkpoint's value for each of its weights.
+    """Checks that each weight of the model has the checkpoint's value.
 
     Args:
         model: The model after loading, before missing weights are initialised and tied ones tied.
-        loading_info: What transformers reports about it.
-        ignore_mismatched_sizes: Whether the caller asked for new weights where shapes differ.
-        state_dicts: What each file of the checkpoint holds.
+        loading_info: The report of transformers' loader.
+        ignore_mismatched_sizes: Whether the caller asked for new weights where shapes differ. It does not apply to
+            vision attention.
+        state_dicts: The tensors of each file of the checkpoint.
 
     Raises:
-        ValueError: If weights are missing, have another shape or stand there twice, or if vision attention, of which
-            each layer needs all, has no place for them. `ignore_mismatched_sizes` does not apply to vision attention.
+        ValueError: If weights are missing, have another shape, appear twice, or are unexpected in vision attention.
     """
     missing, mismatched = set(loading_info.missing_keys), set(loading_info.mismatched_keys)
     for pair in model.all_tied_weights_keys.items():
@@ -159,7 +159,7 @@ def check_loaded(
                 f"image_size={config.image_size} to from_pretrained, which then interpolates the position tables, or "
                 f"set image_size={side} in vision_config and prompt_encoder_config."
             )
-    raise ValueError(f"{type(model).__name__} would not hold the weights of this checkpoint. Weights {text}. {advice}")
+    raise ValueError(f"This checkpoint does not fit {type(model).__name__}. Weights {text}. {advice}")
 
 
 class SplitQKV(ConversionOps):
@@ -174,7 +174,7 @@ class SplitQKV(ConversionOps):
 
     @property
     def reverse_op(self) -> ConversionOps:
-        """There is none: what is saved is always split."""
+        """There is none, because checkpoints are always saved split."""
         raise NotImplementedError(
             "Split checkpoints are saved split: save what contains such a model with save_original_format=False, or "
             "use to_sam() for a stock, fused checkpoint."
@@ -215,7 +215,7 @@ class InterpolatePositions(ConversionOps):
 
     @property
     def reverse_op(self) -> ConversionOps:
-        """There is none: tables are saved as they are."""
+        """None is needed: tables are saved as they are."""
         return self
 
 

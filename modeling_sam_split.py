@@ -1,14 +1,13 @@
 """Segment Anything with separate query, key and value projections in its vision encoder.
 
 Stock `SamModel` computes the three with one fused `qkv` Linear, which PEFT can only adapt as a whole. Here they are
-three Linears, `q`, `k` and `v`, so that LoRA can target two of them; everything else is SAM's own code. A checkpoint's
-fused weights are split on the way in, by `from_pretrained` and by `load_state_dict` alike, and `to_sam()` fuses them
-again.
+three Linears, `q`, `k` and `v`, so that LoRA can target two of them. Everything else is SAM's own code. Both
+`from_pretrained` and `load_state_dict` split the fused weights of a checkpoint. `to_sam()` fuses them again.
 
-Classes are named `Sam…Split` where they replace a part of SAM, as `SamVisionAttentionSplit` of the transformers guide
-"Customizing model components", and `SamSplit…` where they are loaded by name.
+Classes that replace a part of SAM are named `Sam…Split`, like `SamVisionAttentionSplit` in the transformers guide
+"Customizing model components". Classes that are loaded by name are named `SamSplit…`.
 
-Shapes: B images of rows x columns tokens with C channels. The rest of the letters is in `attention_sam_split.py`.
+Shapes: B images of rows x columns tokens with C channels. `attention_sam_split.py` explains the other letters.
 """
 
 from pathlib import Path
@@ -66,9 +65,9 @@ class SamVisionAttentionSplit(SamVisionAttention):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Splits the fused `qkv` that a plain `load_state_dict` brings under `prefix`, see `split_state_dict`.
+        """Splits the fused `qkv` in a state dict given to `load_state_dict`, see `split_state_dict`.
 
-        What is wrong goes to `error_msgs`, on which `load_state_dict` raises even with `strict=False`.
+        Problems go to `error_msgs`, on which `load_state_dict` raises even with `strict=False`.
         """
         own = {key.removeprefix(prefix): state_dict.pop(key) for key in list(state_dict) if key.startswith(prefix)}
         entries, problems = split_state_dict(own, module.state_dict().keys())
@@ -104,7 +103,7 @@ class SamVisionAttentionSplit(SamVisionAttention):
     def project(self, hidden_states: torch.Tensor, height: int, width: int) -> torch.Tensor:
         """Returns queries, keys and values (3, B, …, …, C) of `hidden_states`, padded to windows of height x width.
 
-        Stock SAM pads with zeros before the projection, and the padding is attended to. So it is projected too, once.
+        Stock SAM pads with zeros before the projection, and attends to the padding. So a zero token is projected.
         """
         batch_size, rows, columns, _ = hidden_states.shape
         qkv = torch.stack([projection(hidden_states) for projection in (self.q, self.k, self.v)])
@@ -149,7 +148,7 @@ class SamSplitPreTrainedModel(SamPreTrainedModel):
     _stock_class: type[PreTrainedModel]
 
     def split_vision_encoder(self, config: SamVisionConfig) -> None:
-        """Replaces the encoder of stock's constructor, which has used up `config.gradient_checkpointing`."""
+        """Replaces the encoder that stock's constructor built, and which consumed `config.gradient_checkpointing`."""
         is_checkpointing = any(layer.gradient_checkpointing for layer in self.vision_encoder.layers)
         self.vision_encoder = SamVisionEncoderSplit(config)
         if is_checkpointing:
@@ -163,13 +162,13 @@ class SamSplitPreTrainedModel(SamPreTrainedModel):
 
     @classmethod
     def _load_pretrained_model(cls, model, state_dict, checkpoint_files, load_config, **kwargs):
-        """As in `PreTrainedModel`, but leaves no weight of the model without the checkpoint's value.
+        """As in `PreTrainedModel`, but every weight of the model gets the checkpoint's value.
 
         Raises:
-            ValueError: If weights are missing, of another shape, or there twice.
+            ValueError: If weights are missing, have another shape, or appear twice.
         """
         output = super()._load_pretrained_model(model, state_dict, checkpoint_files, load_config, **kwargs)
-        if not model._hf_peft_config_loaded:  # else this loads an adapter
+        if not model._hf_peft_config_loaded:  # otherwise this loads an adapter
             loading_info = output[0] if isinstance(output, tuple) else output  # transformers < 5.1 returns no tuple
             files = [load_state_dict(file, map_location="meta") for file in checkpoint_files or ()]
             check_loaded(model, loading_info, load_config.ignore_mismatched_sizes, files or [state_dict])
@@ -184,14 +183,14 @@ class SamSplitPreTrainedModel(SamPreTrainedModel):
         loading_info = super().load_adapter(*args, **kwargs)
         if missing := sorted(getattr(loading_info, "missing_keys", ())):  # some releases return None
             raise ValueError(
-                "The adapter's weights did not reach the model, which now holds random ones: load the model anew, and "
-                "the adapter with peft's PeftModel.from_pretrained(model, adapter), or upgrade transformers. Not "
-                f"found: {', '.join(missing)}."
+                "The adapter's weights did not reach the model, whose adapter is now random. Load the model again, "
+                "and the adapter with PeftModel.from_pretrained(model, adapter), or upgrade transformers. Missing: "
+                f"{', '.join(missing)}."
             )
         return loading_info
 
     def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, *args, **kwargs):
-        """As in `PreTrainedModel`, but always with split weights, and with the code that loads them."""
+        """As in `PreTrainedModel`, but always in the split layout, and with the code that loads it."""
         self.config.auto_map = dict(self._auto_map)
         kwargs["save_original_format"] = False
         state_dict = state_dict and split_fused(state_dict)
@@ -205,7 +204,7 @@ class SamSplitPreTrainedModel(SamPreTrainedModel):
         """Returns the stock model with a copy of these weights, fused, in the same dtypes and on the same devices.
 
         Raises:
-            ValueError: If adapters, quantization or offloading stand between the weights and a plain copy.
+            ValueError: If the weights are quantized or offloaded, or if adapters are in place.
         """
         if getattr(self, "is_quantized", False):
             raise ValueError("The weights are quantized: call dequantize() first, then to_sam().")
@@ -216,8 +215,8 @@ class SamSplitPreTrainedModel(SamPreTrainedModel):
             model = self._stock_class(self.config.to_sam())
         if foreign := sorted(state_dict.keys() ^ split_fused(model.state_dict()).keys()):
             raise ValueError(
-                "Adapters are still in place: fold them in with merge_and_unload() (or drop them with unload()), then "
-                f"call to_sam() on the model it returns. A plain SAM differs in: {', '.join(foreign)}."
+                "Adapters are still in place. Merge them with merge_and_unload(), or drop them with unload(), then "
+                f"call to_sam() on the model that this returns. A plain SAM differs in: {', '.join(foreign)}."
             )
         fused = fuse_split(state_dict)
         copies = {key: tensor.clone() if key in state_dict else tensor for key, tensor in fused.items()}

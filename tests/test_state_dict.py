@@ -108,10 +108,10 @@ def test_other_weights_alone_are_left_to_the_caller(split, stock):
 
 
 @pytest.mark.parametrize("strict", [True, False])
-def test_split_weights_without_a_place_raise(strict, load):
+def test_split_weights_that_the_layer_lacks_raise(strict, load):
     without_bias = split_class()(stock_model(qkv_bias=False).config)
-    with pytest.raises(RuntimeError, match=r"no place for .*q\.bias"):
+    with pytest.raises(RuntimeError, match=r"The layer has no .*q\.bias"):
         without_bias.load_state_dict(load().state_dict(), strict=strict)
     adapted = get_peft_model(load(), LoraConfig(target_modules=["q", "v"], task_type="FEATURE_EXTRACTION"))
-    with pytest.raises(RuntimeError, match=r"no place for .*q\.weight"):
+    with pytest.raises(RuntimeError, match=r"The layer has no .*q\.weight"):
         adapted.base_model.model.load_state_dict(load().state_dict(), strict=strict)
