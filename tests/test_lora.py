@@ -190,7 +190,7 @@ def test_two_adapters_switched(adapted, load, inputs, tmp_path):
 
 
 def test_fused_weights_cannot_slip_past_adapters(adapted, stock):
-    with pytest.raises(RuntimeError, match="load the weights before adding"):
+    with pytest.raises(RuntimeError, match="load the weights before you add"):
         adapted.base_model.model.load_state_dict(stock.state_dict(), strict=False)
 
 
@@ -250,5 +250,5 @@ def test_adapter_of_fused_qkv_is_refused(stock, load, tmp_path):
     """Even where other targets of it do fit, and PEFT would load those alone."""
     config = LoraConfig(target_modules=["qkv", "lin1"], task_type="FEATURE_EXTRACTION")
     get_peft_model(copy.deepcopy(stock), config).save_pretrained(tmp_path)
-    with pytest.raises(RuntimeError, match="adapter of the fused qkv does not fit"):
+    with pytest.raises(RuntimeError, match="adapter of the fused qkv must be converted"):
         PeftModel.from_pretrained(load(), tmp_path)
