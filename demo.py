@@ -10,12 +10,9 @@ from pathlib import Path
 import huggingface_hub
 from safetensors import SafetensorError
 
+import finetune
 from checkpoint_tools.conversions import to_split
 from checkpoint_tools.staging import SAM_TINY, one_line
-from finetuning.model import ModelError
-from finetuning.recipe import finetune
-from finetuning.settings import Settings, SettingsError
-from finetuning.sources import DataError
 
 
 def main() -> None:
@@ -30,19 +27,8 @@ def main() -> None:
     print(
         f"The split model against stock: outputs differ by {error:.1e} at most, relative to the largest.", flush=True
     )
-    try:
-        finetune(
-            Settings(
-                base=str(repo),
-                steps=args.steps,
-                minutes=args.minutes,
-                output=args.output / "finetune",
-                force=True,
-                export=("stock",),
-            )
-        )
-    except (DataError, ModelError, SettingsError, FileExistsError) as problem:
-        sys.exit(str(problem))
+    options = ["--base", str(repo), "--steps", str(args.steps), "--minutes", str(args.minutes)]
+    finetune.main([*options, "--output", str(args.output / "finetune"), "--force", "--export", "stock"])
 
 
 def parse_args() -> argparse.Namespace:

@@ -12,7 +12,7 @@ from transformers import AutoProcessor, BitsAndBytesConfig, PreTrainedModel, Sam
 from checkpoint_tools.loading import let_gradients_through_4bit
 from checkpoint_tools.staging import split_class
 
-from .settings import Settings
+from .settings import ModelSettings
 
 
 ONLY_IN_LAYERS = {"q", "k", "v"}  # proj, lin1 and lin2 also exist in the decoder
@@ -54,7 +54,7 @@ def four_bits(bf16: bool) -> BitsAndBytesConfig:
     )
 
 
-def make_trainable(model: PreTrainedModel, settings: Settings) -> PreTrainedModel | PeftModel:
+def make_trainable(model: PreTrainedModel, settings: ModelSettings) -> PreTrainedModel | PeftModel:
     """Freezes everything except what `settings` train. Returns `model`, wrapped in a `PeftModel` for LoRA.
 
     Raises:
@@ -72,7 +72,7 @@ def make_trainable(model: PreTrainedModel, settings: Settings) -> PreTrainedMode
     return model
 
 
-def lora_config(model: PreTrainedModel, settings: Settings) -> LoraConfig:
+def lora_config(model: PreTrainedModel, settings: ModelSettings) -> LoraConfig:
     """The adapters' configuration; PEFT names the base model in it.
 
     Raises:

@@ -17,56 +17,62 @@ from checkpoint_tools.outputs import staged
 from .model import load_base, trained
 from .pictures import plot_curves, plot_masks
 from .prompts import OUTSIDE, Collator, ValidationSet
-from .settings import Settings
+from .settings import ModelSettings, Settings, TrainingSettings
 
 
 NUM_PICTURES = 3
 
 
-def write_results(settings: Settings, folder: Path, metrics: dict[str, Any], validation: ValidationSet) -> None:
-    """Writes metrics, pictures and exports of the weights in `folder` to the output folder, and prints their paths."""
-    (settings.output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    card(settings, metrics, is_adapter=folder.name == "adapter").save(folder / "README.md")
+def write_results(settings: Settings, weights: Path, metrics: dict[str, Any], validation: ValidationSet) -> None:
+    """Writes metrics, pictures and exports of what is in `weights` to the output folder, and prints their paths."""
+    output, multimask = settings.folder, settings.prompts.multimask
+    (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    card(settings.model, metrics, is_adapter=weights.name == "adapter").save(weights / "README.md")
     before, after = metrics["before"]["iou"], metrics["after"]["iou"]
     print(f"Mean IoU on the validation objects: {before:.3f} before, {after:.3f} after.")
-    print(f"{folder.name.capitalize()}: {folder}")
+    print(f"{weights.name.capitalize()}: {weights}")
 
-    base, processor = load_base(settings.base, settings.revision)
+    base, processor = load_base(settings.model.base, settings.model.revision)
     shown = np.unique(np.linspace(0, len(validation) - 1, NUM_PICTURES).astype(int)).tolist()
-    masks = {"before": [predict(base, validation, index, settings.multimask)[0] for index in shown]}
-    model = trained(base, folder).eval()
-    if folder.name == "model":
-        processor.save_pretrained(folder)
-    masks["after"] = [predict(model, validation, index, settings.multimask)[0] for index in shown]
+    masks = {"before": [predict(base, validation, index, multimask)[0] for index in shown]}
+    model = trained(base, weights).eval()
+    if weights.name == "model":
+        processor.save_pretrained(weights)
+    masks["after"] = [predict(model, validation, index, multimask)[0] for index in shown]
     rows = [
         picture_row(validation, index, {title: masks[title][row] for title in masks})
         for row, index in enumerate(shown)
     ]
-    plot_masks(rows, settings.output / "masks.png")
-    plot_curves(metrics["history"], before, settings.output / "curves.png")
-    print(f"Pictures: {settings.output / 'masks.png'}, {settings.output / 'curves.png'}")
+    plot_masks(rows, output / "masks.png")
+    plot_curves(metrics["history"], before, output / "curves.png")
+    print(f"Pictures: {output / 'masks.png'}, {output / 'curves.png'}")
 
-    if "merged" in settings.export:
-        with staged(settings.output / "merged", "split model", force=True) as target:
+    if "merged" in settings.output.export:
+        with staged(output / "merged", "split model", force=True) as target:
             model.save_pretrained(target)
             processor.save_pretrained(target)
-        print(f"Merged: {settings.output / 'merged'}")
-    if "stock" in settings.export:
-        with staged(settings.output / "sam", "stock model", force=True) as target:
+        print(f"Merged: {output / 'merged'}")
+    if "stock" in settings.output.export:
+        with staged(output / "sam", "stock model", force=True) as target:
             model.to_sam().save_pretrained(target)
             processor.save_pretrained(target)
-        stock = SamModel.from_pretrained(settings.output / "sam").eval()
-        pairs = [[predict(each, validation, index, settings.multimask) for each in (model, stock)] for index in shown]
+        stock = SamModel.from_pretrained(output / "sam").eval()
+        pairs = [[predict(each, validation, index, multimask) for each in (model, stock)] for index in shown]
         same = all(np.array_equal(ours, theirs) for (ours, _), (theirs, _) in pairs)
         error = max(relative_error(theirs, ours) for (_, ours), (_, theirs) in pairs)
         print(
-            f"Back in stock SamModel ({settings.output / 'sam'}): {'the same masks' if same else 'OTHER MASKS'}, "
+            f"Back in stock SamModel ({output / 'sam'}): {'the same masks' if same else 'OTHER MASKS'}, "
             f"logits differ by {error:.1e} at most, relative to the largest."
         )
-    if settings.push_to_hub:
-        hub = HfApi()
-        hub.create_repo(settings.push_to_hub, exist_ok=True)
-        print(f"Uploaded: {hub.upload_folder(repo_id=settings.push_to_hub, folder_path=folder)}")
+    if settings.training.hub_model_id:
+        push(weights, settings.training.hub_model_id, settings.training)
+
+
+def push(folder: Path, repo_id: str, settings: TrainingSettings) -> None:
+    """Uploads `folder` to a model repo, which is created if missing."""
+    hub = HfApi(token=settings.hub_token)
+    hub.create_repo(repo_id, private=settings.hub_private_repo, exist_ok=True)
+    print(f"Uploaded: {hub.upload_folder(repo_id=repo_id, folder_path=folder, revision=settings.hub_revision)}")
 
 
 @torch.no_grad()
@@ -95,7 +101,7 @@ def picture_row(validation: ValidationSet, index: int, masks: dict[str, np.ndarr
     return {"image": image, "points": points, "boxes": boxes, "masks": masks}
 
 
-def card(settings: Settings, metrics: dict[str, Any], is_adapter: bool) -> ModelCard:
+def card(settings: ModelSettings, metrics: dict[str, Any], is_adapter: bool) -> ModelCard:
     """Returns the model card: data, settings and metrics."""
     base = Path(settings.base).name if Path(settings.base).is_dir() else settings.base
     data = ModelCardData(
@@ -114,7 +120,7 @@ def card(settings: Settings, metrics: dict[str, Any], is_adapter: bool) -> Model
         f"{'Adapter for the split SAM of' if is_adapter else 'Split SAM, from'} `{base}`"
         f"{f', revision `{settings.revision}`' if settings.revision else ''}. Data: {metrics['data']}, "
         f"{metrics['objects']['train']} training objects, {metrics['objects']['validation']} validation objects.",
-        f"Best of {metrics['steps']} steps, prompts: {settings.prompt}. On the validation objects, at the "
+        f"Best of {metrics['steps']} steps, prompts: {metrics['prompt']}. On the validation objects, at the "
         "resolution of the model's masks:",
         "\n".join(["| | before | after |", "|---|---|---|", *rows]),
     ]

@@ -1,145 +1,108 @@
-"""The settings of the recipe, with their defaults."""
+"""The settings of the recipe: a dataclass for each group of options of `finetune.py`."""
 
+import dataclasses
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from transformers import SchedulerType, TrainingArguments
+from transformers.hf_argparser import HfArg
 
 from checkpoint_tools.staging import SAM_TINY
-
-from .prompts import KINDS
-
-
-METHODS = ("lora", "full", "decoder")
-AUGMENTATIONS = ("none", "crop", "turn")
-LOSSES = ("cross-entropy", "focal")
-EXPORTS = ("merged", "stock")
 
 
 class SettingsError(ValueError):
     """Settings that are out of range or contradict each other."""
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Settings of a run. The options of `finetune.py` have the same names.
-
-    Args:
-        images: Folder of PNG, JPEG or TIFF images; None for a photograph of coins.
-        masks: Folder of PNG or TIFF label images, named as the images.
-        coco: COCO annotations of the images, instead of masks.
-        validation: Share to validate on; None for 0.2 of the images, or 0.5 of one image.
-        tile: Cuts images into tiles of so many pixels.
-        overlap: Share of a tile that the next one shows too.
-        min_area: Pixels of the model's masks to count as an object.
-        augment: One of `AUGMENTATIONS`; `crop` also mirrors, `turn` turns as well.
-        workers: Processes that prepare the data.
-        prompt: One of `prompts.KINDS`.
-        points: Points in each object.
-        negative_points: Points beside each object.
-        objects: Objects of an image in a training step.
-        multimask: Predicts three masks per prompt, and trains the best.
-        base: Folder or Hub id of a SAM v1, stock or split.
-        revision: Of the base, on the Hub.
-        method: One of `METHODS`: adapters, all weights of the vision encoder, or those of the mask decoder alone.
-        target: Linears of the vision layers to adapt.
-        rank: LoRA rank.
-        alpha: LoRA alpha.
-        dropout: LoRA dropout.
-        dora: Whether the adapters are DoRA.
-        rslora: Whether their scaling is that of rsLoRA.
-        last_layers: Adapts only so many of the last layers.
-        train_decoder: `full` or `lora` to train the mask decoder too.
-        load_in_4bit: Quantizes the base.
-        steps: Optimizer steps.
-        minutes: Stops training then, whatever the step.
-        batch_size: Images of a step, in each process.
-        accumulate: Batches of a step.
-        learning_rate: Peak learning rate.
-        loss: One of `LOSSES`, beside dice.
-        eval_every: Steps from one validation and checkpoint to the next.
-        patience: Validations without improvement before training stops.
-        gradient_checkpointing: Computes activations again in backward.
-        bf16: Trains in bfloat16 autocast.
-        seed: Random seed.
-        resume: Goes on from the last checkpoint in `output`.
-        output: Folder for all results.
-        force: Replaces what an earlier run left in `output`.
-        export: Whole models to write, of `EXPORTS`.
-        push_to_hub: USER/NAME of the model repo to upload to.
+@dataclass
+class DataSettings:
+    """Images, the objects in them, and how they are divided.
 
     Raises:
         SettingsError: If a setting is out of range, or two contradict each other.
     """
 
-    images: Path | None = None
-    masks: Path | None = None
-    coco: Path | None = None
-    validation: float | None = None
-    tile: int | None = None
-    overlap: float = 0.25
-    min_area: int = 4
-    augment: str = "turn"
-    workers: int = 0
+    _argument_group_name: ClassVar[str] = "data"
 
-    prompt: str = "point"
-    points: int = 1
-    negative_points: int = 0
-    objects: int = 6
-    multimask: bool = False
-
-    base: str = str(SAM_TINY)
-    revision: str | None = None
-    method: str = "lora"
-    target: tuple[str, ...] = ("q", "v")
-    rank: int = 16
-    alpha: float = 32
-    dropout: float = 0.1
-    dora: bool = False
-    rslora: bool = False
-    last_layers: int | None = None
-    train_decoder: str | None = None
-    load_in_4bit: bool = False
-
-    steps: int = 300
-    minutes: float | None = None
-    batch_size: int = 4
-    accumulate: int = 1
-    learning_rate: float = 1e-3
-    loss: str = "cross-entropy"
-    eval_every: int = 50
-    patience: int | None = None
-    gradient_checkpointing: bool = False
-    bf16: bool = False
-    seed: int = 0
-    resume: bool = False
-
-    output: Path = Path("build/finetune")
-    force: bool = False
-    export: tuple[str, ...] = ()
-    push_to_hub: str | None = None
+    images: Path | None = HfArg(default=None, help="folder of PNG, JPEG or TIFF images (a photograph of coins)")
+    masks: Path | None = HfArg(default=None, help="folder of PNG or TIFF label images, named as the images")
+    coco: Path | None = HfArg(default=None, help="COCO annotations of the images, instead of masks")
+    validation: float | None = HfArg(
+        default=None, help="share held out for validation (0.2 of the images, or 0.5 of a single image)"
+    )
+    tile: int | None = HfArg(default=None, help="cut images into tiles of so many pixels")
+    overlap: float = HfArg(default=0.25, help="overlap of neighbouring tiles, as a share of the tile side")
+    min_area: int = HfArg(default=4, help="smallest object, in pixels of the predicted masks")
+    augment: Literal["none", "crop", "turn"] = HfArg(
+        default="turn", help="none, a part of the image mirrored (crop), or turned as well"
+    )
 
     def __post_init__(self) -> None:
         if self.coco and self.masks:
             raise SettingsError("--masks and --coco are both given: expected one of them.")
         if bool(self.images) != bool(self.coco or self.masks):
             raise SettingsError("expected --images together with --masks or --coco, or none of them for the coins.")
-        if self.validation is not None and not 0 < self.validation < 1:
-            raise SettingsError(f"--validation {self.validation}: expected a share between 0 and 1.")
-        if not 0 <= self.overlap < 1:
-            raise SettingsError(f"--overlap {self.overlap}: expected a share from 0 to less than 1.")
-        for name in (
-            "tile",
-            "points",
-            "objects",
-            "rank",
-            "steps",
-            "batch_size",
-            "accumulate",
-            "eval_every",
-            "patience",
-        ):
-            self._require_at_least(1, name)
-        for name in ("negative_points", "min_area", "workers", "dropout"):
-            self._require_at_least(0, name)
+        require_share(self, "validation", above_0=True)
+        require_share(self, "overlap")
+        require_at_least(1, self, "tile")
+        require_at_least(0, self, "min_area")
+
+
+@dataclass
+class PromptSettings:
+    """What the model is told of an object.
+
+    Raises:
+        SettingsError: If a setting is out of range.
+    """
+
+    _argument_group_name: ClassVar[str] = "prompts"
+
+    prompt: Literal["point", "box", "mixed"] = HfArg(default="point", help="mixed takes turns")
+    points: int = HfArg(default=1, help="points in each object")
+    negative_points: int = HfArg(default=0, help="points beside each object")
+    objects: int = HfArg(default=6, help="objects per image and training step")
+    multimask: bool = HfArg(default=False, help="predict three masks per prompt, and train the best")
+
+    def __post_init__(self) -> None:
+        require_at_least(1, self, "points", "objects")
+        require_at_least(0, self, "negative_points")
+
+
+@dataclass
+class ModelSettings:
+    """The base, and what of it is trained.
+
+    Raises:
+        SettingsError: If a setting is out of range, or two contradict each other.
+    """
+
+    _argument_group_name: ClassVar[str] = "model"
+
+    base: str = HfArg(default=str(SAM_TINY), help="folder or Hub id of a SAM v1, stock or split")
+    revision: str | None = HfArg(default=None, help="of the base, on the Hub")
+    method: Literal["lora", "full", "decoder"] = HfArg(
+        default="lora",
+        help="adapters, all weights of the vision encoder, or those of the mask decoder alone",
+    )
+    target: list[str] = HfArg(default_factory=lambda: ["q", "v"], help="Linears of the vision layers to adapt")
+    rank: int = HfArg(default=16, help="LoRA rank")
+    alpha: float = HfArg(default=32.0, help="LoRA alpha")
+    dropout: float = HfArg(default=0.1, help="LoRA dropout")
+    dora: bool = HfArg(default=False, help="DoRA adapters")
+    rslora: bool = HfArg(default=False, help="rsLoRA's scaling of the adapters")
+    last_layers: int | None = HfArg(default=None, help="adapt so many of the last layers only")
+    train_decoder: Literal["full", "lora"] | None = HfArg(default=None, help="the mask decoder too")
+    load_in_4bit: bool = HfArg(default=False, help="quantize the base")
+
+    def __post_init__(self) -> None:
+        require_at_least(1, self, "rank")
+        require_share(self, "dropout")
+        if not self.alpha > 0:
+            raise SettingsError(f"--alpha {self.alpha}: expected more than 0.")
         if self.method != "lora" and (self.load_in_4bit or self.last_layers or self.dora or self.rslora):
             raise SettingsError(
                 f"--method {self.method} trains no adapters: --load-in-4bit, --last-layers, --dora and --rslora "
@@ -147,22 +110,201 @@ class Settings:
             )
         if self.method != "lora" and self.train_decoder == "lora":
             raise SettingsError(f"--method {self.method} adds no adapters: expected --train-decoder full.")
-        for name, choices in (
-            ("prompt", tuple(KINDS)),
-            ("augment", AUGMENTATIONS),
-            ("method", METHODS),
-            ("loss", LOSSES),
-            ("train_decoder", (None, "full", "lora")),
-        ):
-            if getattr(self, name) not in choices:
-                raise SettingsError(f"{option(name)} {getattr(self, name)}: expected one of {choices}.")
-
-    def _require_at_least(self, least: int, name: str) -> None:
-        value = getattr(self, name)
-        if value is not None and value < least:
-            raise SettingsError(f"{option(name)} {value}: expected {least} or more.")
 
 
-def option(name: str) -> str:
-    """Returns the option of the command line that sets the field `name`."""
-    return f"--{name.replace('_', '-')}"
+@dataclass
+class OutputSettings:
+    """What is done with an earlier run, and with the result."""
+
+    _argument_group_name: ClassVar[str] = "output"
+
+    resume: bool = HfArg(default=False, help="go on from the last checkpoint in --output")
+    force: bool = HfArg(default=False, help="replace what an earlier run left in --output")
+    export: list[str] = HfArg(
+        default_factory=list,
+        help="whole models to write: merged, and stock SAM",
+        metadata={"choices": ("merged", "stock")},
+    )
+
+
+def other_default(name: str, value: Any) -> Any:
+    """Returns the field `name` of `TrainingArguments`, with another default."""
+    metadata = dict(TrainingArguments.__dataclass_fields__[name].metadata)
+    if isinstance(value, list):
+        return dataclasses.field(default_factory=value.copy, metadata=metadata)
+    return dataclasses.field(default=value, metadata=metadata)
+
+
+@dataclass
+class TrainingSettings(TrainingArguments):
+    """`TrainingArguments` with the recipe's defaults, and short names for the options used most.
+
+    Raises:
+        SettingsError: If a setting is out of range, the recipe cannot heed it, or the processes are not those that
+            were asked for.
+    """
+
+    _argument_group_name: ClassVar[str] = "training, with all options of transformers' TrainingArguments"
+    # What the recipe needs as it is, or would not heed.
+    FIXED: ClassVar[tuple[str, ...]] = (
+        *("do_train", "do_eval", "do_predict", "prediction_loss_only", "num_train_epochs", "label_smoothing_factor"),
+        *("eval_strategy", "eval_delay", "eval_on_start", "save_strategy", "per_device_eval_batch_size"),
+        *("batch_eval_metrics", "eval_use_gather_object", "include_for_metrics", "label_names", "use_cache"),
+        *("remove_unused_columns", "dataloader_drop_last", "group_by_length", "train_sampling_strategy"),
+        *("auto_find_batch_size", "average_tokens_across_devices", "resume_from_checkpoint", "neftune_noise_alpha"),
+    )
+
+    output_dir: str = HfArg(default="build/finetune", aliases=["--output"], help="folder for all results")
+    max_steps: int = HfArg(default=300, aliases=["--steps"], help="optimizer steps")
+    minutes: float | None = HfArg(default=None, help="time limit of training, in minutes")
+    per_device_train_batch_size: int = HfArg(default=4, aliases=["--batch-size"], help="images per process and batch")
+    gradient_accumulation_steps: int = HfArg(default=1, aliases=["--accumulate"], help="batches of a step")
+    learning_rate: float = HfArg(default=1e-3, help="highest learning rate")
+    lr_scheduler_type: SchedulerType | str = HfArg(
+        default="cosine", aliases=["--schedule"], help="course of the learning rate"
+    )
+    warmup_steps: float = HfArg(default=0.05, help="steps until the learning rate is highest; a share if less than 1")
+    weight_decay: float = HfArg(default=0.01, help="of AdamW")
+    loss: Literal["cross-entropy", "focal"] = HfArg(default="cross-entropy", help="beside dice")
+    eval_steps: int = HfArg(
+        default=50, aliases=["--eval-every"], help="steps from one validation and checkpoint to the next"
+    )
+    patience: int | None = HfArg(default=None, help="validations without improvement before training stops")
+    gradient_checkpointing: bool = HfArg(default=False, help="compute activations again in backward")
+    bf16: bool = HfArg(default=False, help="train in bfloat16 autocast")
+    seed: int = HfArg(default=0, help="of all that is drawn")
+    dataloader_num_workers: int = HfArg(default=0, aliases=["--workers"], help="processes that prepare the data")
+    push_to_hub: str | None = HfArg(
+        default=None,
+        help="upload what was trained to this model repo, or to that of --hub-model-id",
+        metadata={"nargs": "?", "const": "true", "metavar": "USER/NAME"},
+    )
+
+    eval_strategy: str = other_default("eval_strategy", "steps")
+    save_steps: float | None = other_default("save_steps", None)  # those of validations
+    save_total_limit: int | None = other_default("save_total_limit", 2)  # the best and the last
+    load_best_model_at_end: bool = other_default("load_best_model_at_end", True)
+    metric_for_best_model: str | None = other_default("metric_for_best_model", "iou")
+    greater_is_better: bool | None = other_default("greater_is_better", True)
+    restore_callback_states_from_checkpoint: bool = other_default("restore_callback_states_from_checkpoint", True)
+    logging_steps: float | None = other_default("logging_steps", None)  # 10, if validations are not more frequent
+    label_names: list[str] | None = other_default("label_names", ["labels"])  # Trainer would pick input_labels
+    remove_unused_columns: bool = other_default("remove_unused_columns", False)
+    per_device_eval_batch_size: int = other_default("per_device_eval_batch_size", 1)  # with any number of objects
+    batch_eval_metrics: bool = other_default("batch_eval_metrics", True)
+    use_cpu: bool = other_default("use_cpu", False)
+    ddp_find_unused_parameters: bool | None = other_default("ddp_find_unused_parameters", False)
+
+    def __post_init__(self) -> None:
+        self._refuse_fixed()
+        require_at_least(1, self, "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps")
+        require_at_least(1, self, "eval_steps", "save_steps", "logging_steps", "patience")
+        require_at_least(0, self, "dataloader_num_workers", "weight_decay", "minutes", "seed")
+        if not self.learning_rate > 0:
+            raise SettingsError(f"--learning-rate {self.learning_rate}: expected more than 0.")
+        if self.save_steps is None:
+            self.save_steps = self.eval_steps
+        if self.logging_steps is None:
+            self.logging_steps = min(10, self.eval_steps)
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        self._checkpoint_activations()
+        self._name_repo()
+        super().__post_init__()  # initialises the process group
+        self._check_processes()
+
+    @property
+    def step_size(self) -> int:
+        """Images of an optimizer step, of all processes together."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
+
+    def _refuse_fixed(self) -> None:
+        """Raises an error for `FIXED` options that were set."""
+        for name in self.FIXED:
+            field = self.__dataclass_fields__.get(name)  # not every version has all of them
+            if not field:
+                continue
+            value = getattr(self, name)
+            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            if value != default:
+                raise SettingsError(f"{option(self, name)} {value}: the recipe works with {default} only.")
+
+    def _checkpoint_activations(self) -> None:
+        """Sets how activations are computed again, by the name that this version of transformers knows."""
+        name = "gradient_checkpointing"
+        if hasattr(self, "activation_checkpointing"):
+            name = "activation_checkpointing"
+            wanted = getattr(self, name) or self.gradient_checkpointing
+            self.__dict__.update({name: wanted, "gradient_checkpointing": None})
+        if getattr(self, name) and not getattr(self, f"{name}_kwargs"):
+            # Reentrant checkpointing would also run backward through layers below the first adapter.
+            setattr(self, f"{name}_kwargs", {"use_reentrant": False})
+
+    def _name_repo(self) -> None:
+        """Makes `hub_model_id` the repo to upload to, if any. Not Trainer uploads, but the recipe, at the end."""
+        if self.push_to_hub in (None, "false"):
+            self.hub_model_id = None
+        elif self.push_to_hub != "true":
+            self.hub_model_id = self.push_to_hub
+        elif not self.hub_model_id:
+            raise SettingsError("--push-to-hub: expected USER/NAME, or --hub-model-id USER/NAME.")
+        self.push_to_hub = None
+
+    def _check_processes(self) -> None:
+        if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ and self.world_size == 1:
+            raise SettingsError(
+                "accelerate started one process instead of several, as it does on CPUs without MPI. Use "
+                "accelerate launch --multi_gpu --num_processes N, which starts N processes on CPUs as well."
+            )
+        if self.n_gpu > 1:
+            raise SettingsError(
+                f"One process sees {self.n_gpu} GPUs: start one for each with accelerate launch --num_processes "
+                f"{self.n_gpu}, or restrict it to one GPU with CUDA_VISIBLE_DEVICES=0."
+            )
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All settings of a run.
+
+    Args:
+        data: Images and objects.
+        prompts: What the model is told of an object.
+        model: The base, and what of it is trained.
+        training: How it is trained, and where the results go.
+        output: What is done with an earlier run, and with the result.
+        options: The options by name, as `run.yaml` has them.
+    """
+
+    data: DataSettings
+    prompts: PromptSettings
+    model: ModelSettings
+    training: TrainingSettings
+    output: OutputSettings
+    options: dict[str, Any]
+
+    @property
+    def folder(self) -> Path:
+        """The folder for all results."""
+        return Path(self.training.output_dir)
+
+
+def require_at_least(least: float, settings: Any, *names: str) -> None:
+    """Raises an error that names the first of the settings that is less; None is allowed."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not value >= least:
+            raise SettingsError(f"{option(settings, name)} {value}: expected {least} or more.")
+
+
+def require_share(settings: Any, name: str, above_0: bool = False) -> None:
+    """Raises an error if the setting is not a share from 0 to less than 1; None is allowed."""
+    value = getattr(settings, name)
+    if value is not None and not (0 <= value < 1 and (value > 0 or not above_0)):
+        least = "more than 0" if above_0 else "0"
+        raise SettingsError(f"{option(settings, name)} {value}: expected a share from {least} to less than 1.")
+
+
+def option(settings: Any, name: str) -> str:
+    """Returns the option of the command line that sets the field `name`: the short one, if it has one."""
+    aliases = settings.__dataclass_fields__[name].metadata.get("aliases")
+    return aliases[0] if aliases else f"--{name.replace('_', '-')}"

@@ -6,7 +6,6 @@ import pytest
 
 from finetune import parse_args
 from finetuning.model import ModelError, make_trainable
-from finetuning.training import build_training_args
 
 
 VISION_LORA = r"vision_encoder\.layers\.\d\.attn\.[qv]\.lora_[AB]\.default\.weight"
@@ -33,7 +32,7 @@ DECODER_LORA = r"mask_decoder\.transformer\.[\w.]+\.[qv]_proj\.lora_[AB]\.defaul
     ids=str,
 )
 def test_trains_what_is_asked_for(arguments, adapters, whole, load):
-    model = make_trainable(load(), parse_args(arguments))
+    model = make_trainable(load(), parse_args(arguments).model)
     names = {
         name.removeprefix("base_model.model.").replace("modules_to_save.default.", "")
         for name, parameter in model.named_parameters()
@@ -52,10 +51,9 @@ def test_trains_what_is_asked_for(arguments, adapters, whole, load):
 @pytest.mark.parametrize("arguments", [[], ["--train-decoder", "lora"], ["--gradient-checkpointing"]], ids=str)
 def test_last_layers_cost_no_backward_below(arguments, load, inputs):
     args = parse_args(["--last-layers", "1", *arguments])
-    model = make_trainable(load(), args).train()
-    if args.gradient_checkpointing:
-        settings = build_training_args(args).gradient_checkpointing_kwargs
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+    model = make_trainable(load(), args.model).train()
+    if args.training.gradient_checkpointing:
+        model.gradient_checkpointing_enable(args.training.gradient_checkpointing_kwargs)
     needs_grad = []
     for layer in model.base_model.model.vision_encoder.layers:
         layer.register_forward_hook(lambda *hooked: needs_grad.append(hooked[2].requires_grad))
@@ -69,4 +67,4 @@ def test_last_layers_cost_no_backward_below(arguments, load, inputs):
 def test_impossible_adapters_are_refused(load):
     for arguments, problem in ((["--last-layers", "4"], "has 3 layers"), (["--target", "qkv"], "--target qkv")):
         with pytest.raises(ModelError, match=problem):
-            make_trainable(load(), parse_args(arguments))
+            make_trainable(load(), parse_args(arguments).model)

@@ -26,7 +26,16 @@ PAGES = {
 README = PAGES["README.md"]
 WITHOUT_BLOCKS = {page: re.sub(r"^ *```.*?^ *```", "", text, flags=re.M | re.S) for page, text in PAGES.items()}
 # What commands write, and what is elsewhere: the documentation names it, but no checkout has it.
-NOT_IN_A_CHECKOUT = {"metrics.json", "settings.json", "adapter/", "model/", "merged/", "sam/", "adapter_config.json"}
+NOT_IN_A_CHECKOUT = {
+    "metrics.json",
+    "run.yaml",
+    "settings.json",
+    "adapter/",
+    "model/",
+    "merged/",
+    "sam/",
+    "adapter_config.json",
+}
 OPTIONS_OF_ACCELERATE = {"--multi_gpu", "--num_processes", "--cpu"}
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # by PEFT

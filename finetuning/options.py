@@ -1,0 +1,127 @@
+"""Reads the settings from the command line and from YAML or JSON files, and writes files that repeat a run."""
+
+import argparse
+import copy
+import dataclasses
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from .settings import (
+    DataSettings,
+    ModelSettings,
+    OutputSettings,
+    PromptSettings,
+    Settings,
+    SettingsError,
+    TrainingSettings,
+)
+
+
+GROUPS = (DataSettings, PromptSettings, ModelSettings, OutputSettings, TrainingSettings)
+FILE_SUFFIXES = (".yaml", ".yml", ".json")
+
+
+def parse(arguments: Sequence[str], description: str | None = None) -> Settings:
+    """Returns the settings of `[FILE] [--option value ...]`; what the command line says replaces what the file says.
+
+    Exits with a message that names the option if one is unknown, or its value is not allowed.
+    """
+    parser = HfArgumentParser(
+        GROUPS,
+        description=description,
+        usage="%(prog)s [run.yaml] [--option value ...]",
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )
+    arguments = list(arguments)
+    try:
+        if arguments and arguments[0].endswith(FILE_SUFFIXES):
+            arguments[:1] = read_file(Path(arguments[0]), parser)
+        options = vars(parser.parse_args(arguments))
+        data, prompts, model, output, training = parser.parse_args_into_dataclasses(
+            arguments, look_for_args_file=False
+        )
+    except (ValueError, ImportError) as error:  # also those of TrainingArguments
+        parser.error(" ".join(str(error).split()))
+    return Settings(data, prompts, model, training, output, kept(options))
+
+
+def read_file(file: Path, parser: argparse.ArgumentParser) -> list[str]:
+    """Returns the settings in a YAML or JSON file as arguments of the command line.
+
+    Raises:
+        SettingsError: If it cannot be read, or has settings that the parser does not know.
+    """
+    try:
+        settings = yaml.safe_load(file.read_text(encoding="utf-8")) or {}  # JSON is YAML, too
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SettingsError(f"{file}: cannot be read: {error}") from error
+    if not isinstance(settings, dict):
+        raise SettingsError(f"{file}: expected settings by name, as in `steps: 500`, got {type(settings).__name__}.")
+    unknown = [name for name, value in settings.items() if parser.parse_known_args(as_arguments(name, value))[1]]
+    if unknown:
+        raise SettingsError(f"{file}: unknown settings: {', '.join(map(str, unknown))}.")
+    return [argument for name, value in settings.items() for argument in as_arguments(name, value)]
+
+
+def as_arguments(name: str, value: Any) -> list[str]:
+    """Returns a setting as arguments of the command line; none for None and for an empty list."""
+    if value is None or value == []:
+        return []
+    if isinstance(value, list):
+        return [f"--{name}", *map(str, value)]
+    return [f"--{name}={json.dumps(value) if isinstance(value, dict | bool) else value}"]
+
+
+def kept(options: dict[str, Any]) -> dict[str, Any]:
+    """Returns what repeats a run: the recipe's own options, and those of TrainingArguments that were changed.
+
+    Paths are absolute, since the file is read from any folder.
+    """
+    stock = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
+    own = {name for group in GROUPS for name in group.__annotations__}
+    return {
+        name: absolute(name, value)
+        for name, value in options.items()
+        if value not in (None, []) and (name in own or value != stock[name])
+    }
+
+
+def absolute(name: str, value: Any) -> Any:
+    """Returns the setting `name` with its path, if it is one, as an absolute one."""
+    if isinstance(value, Path) or name == "output_dir" or (name == "base" and Path(value).is_dir()):
+        return str(Path(value).resolve())
+    return value
+
+
+def write_file(options: dict[str, Any], file: Path) -> None:
+    """Writes options to a file that repeats the run with `finetune.py FILE`."""
+    file.write_text(yaml.safe_dump(options, sort_keys=False), encoding="utf-8")
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Shows our options before those of TrainingArguments, with hyphens and short names, and their defaults."""
+
+    def add_arguments(self, actions: Iterable[argparse.Action]) -> None:
+        """Adds the options of a group."""
+        own = [name for group in GROUPS for name in group.__annotations__]
+        places = {name: place for place, name in enumerate(own)}
+        super().add_arguments(sorted(actions, key=lambda action: places.get(action.dest, len(places))))
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        shown = copy.copy(action)
+        shown.option_strings = [name for name in action.option_strings if "_" not in name][::-1]
+        shown.dest = shown.option_strings[0].lstrip("-").replace("-", "_")
+        if action.const is True:  # a switch: that it may be followed by true or false is for files
+            shown.nargs = 0
+        return super()._format_action_invocation(shown)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        shown = action.default not in (None, [], "", argparse.SUPPRESS) and not isinstance(action.default, bool)
+        default = " ".join(map(str, action.default)) if isinstance(action.default, list) else "%(default)s"
+        return f"{action.help or ''} ({default})" if shown else action.help or ""

@@ -1,0 +1,105 @@
+"""The settings of the recipe: command line, files, and what is refused before anything is written."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+import finetune
+from checkpoint_tools.staging import SAM_TINY
+from finetuning.options import write_file
+
+
+def refusal(arguments: list[str], capsys) -> str:
+    """The message with which the command refuses its arguments."""
+    with pytest.raises(SystemExit) as raised:
+        finetune.main(arguments)
+    assert raised.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--images", "a"], "--images together with --masks or --coco"),
+        (["--images", "a", "--masks", "b", "--coco", "c"], "expected one of them"),
+        (["--validation", "1"], "--validation 1.0: expected a share from more than 0 to less than 1"),
+        (["--validation", "0"], "--validation 0.0: expected a share"),
+        (["--steps", "0"], "--steps 0: expected 1 or more"),
+        (["--max-steps", "0"], "--steps 0: expected 1 or more"),
+        (["--steps", "many"], "invalid int value: 'many'"),
+        (["--learning-rate", "-1"], "--learning-rate -1.0: expected more than 0"),
+        (["--learning-rate", "nan"], "--learning-rate nan: expected more than 0"),
+        (["--weight-decay", "-1"], "--weight-decay -1.0: expected 0 or more"),
+        (["--dropout", "1.5"], "--dropout 1.5: expected a share from 0 to less than 1"),
+        (["--alpha", "0"], "--alpha 0.0: expected more than 0"),
+        (["--minutes", "-1"], "--minutes -1.0: expected 0 or more"),
+        (["--method", "full", "--load-in-4bit"], "trains no adapters: --load-in-4bit"),
+        (["--method", "decoder", "--train-decoder", "lora"], "adds no adapters"),
+        (["--method", "all"], "invalid choice: 'all'"),
+        (["--export", "whole"], "invalid choice: 'whole'"),
+        (["--schedule", "zigzag"], "invalid choice: 'zigzag'"),
+        (["--label-names", "masks"], "--label-names ['masks']: the recipe works with ['labels'] only"),
+        (["--num-train-epochs", "2"], "--num-train-epochs 2.0: the recipe works with 3.0 only"),
+        (["--bf16", "--fp16"], "not both"),
+        (["--push-to-hub"], "expected USER/NAME"),
+        (["--stepz", "3"], "unrecognized arguments: --stepz 3"),
+        (["--step", "3"], "unrecognized arguments: --step 3"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_settings_out_of_range_are_refused(arguments, problem, capsys, tmp_path):
+    output = tmp_path / "run"
+    assert problem in refusal([*arguments, "--output", str(output)], capsys)
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("steps: 3\nstepz: 4\nlearning-rat: 1", "run.yaml: unknown settings: stepz, learning-rat."),
+        ("- steps", "run.yaml: expected settings by name, as in `steps: 500`, got list."),
+        ("steps: [", "run.yaml: cannot be read: while parsing"),
+        ("steps: many", "invalid int value: 'many'"),
+        ("method: all", "invalid choice: 'all'"),
+        ("dropout: 1.5", "--dropout 1.5: expected a share"),
+    ],
+)
+def test_bad_files_are_refused(content, problem, capsys, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(content)
+    assert problem in refusal([str(file)], capsys)
+    assert "cannot be read" in refusal([str(tmp_path / "none.json")], capsys)
+
+
+@pytest.mark.parametrize("suffix", ["yaml", "json"])
+def test_file_and_command_line(suffix, tmp_path):
+    """Names of both spellings, short or TrainingArguments' own; the command line wins."""
+    options = {"steps": 7, "learning-rate": 1e-4, "eval_steps": 3, "target": ["k"], "bf16": True, "multimask": True}
+    options |= {"fsdp_config": {"min_num_params": 5}, "revision": None, "report_to": ["none"], "export": []}
+    file = tmp_path / f"run.{suffix}"
+    file.write_text(json.dumps(options) if suffix == "json" else yaml.safe_dump(options))
+    settings = finetune.parse_args([str(file), "--max-steps", "8", "--target", "v", "--multimask", "false"])
+    assert (settings.training.max_steps, settings.training.eval_steps, settings.training.save_steps) == (8, 3, 3)
+    assert settings.training.learning_rate == 1e-4 and settings.training.bf16
+    assert settings.training.fsdp_config["min_num_params"] == 5
+    assert settings.model.target == ["v"] and settings.model.revision is None
+    assert not settings.prompts.multimask and settings.output.export == []
+
+
+def test_written_file_repeats_the_run(tmp_path, monkeypatch):
+    """From another folder, too."""
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--images", "photos", "--masks", "masks", "--target", "q", "lin1", "--fp16", "false", "--steps", "9"]
+    arguments += ["--schedule", "linear", "--torch-compile-mode", "default", "--minutes", "0.5", "--tile", "64"]
+    settings = finetune.parse_args([*arguments, "--warmup-steps", "3", "--output", "run"])
+    write_file(settings.options, tmp_path / "run.yaml")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    again = finetune.parse_args([str(tmp_path / "run.yaml")])
+    assert again.options == settings.options
+    assert again.data.images == tmp_path / "photos" and again.folder == tmp_path / "run"
+    assert again.model == settings.model and again.prompts == settings.prompts
+    assert again.training.warmup_steps == 3 and again.training.torch_compile_mode == "default"
+    assert Path(again.model.base) == SAM_TINY
