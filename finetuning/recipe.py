@@ -15,12 +15,13 @@ from transformers import set_seed
 from checkpoint_tools.outputs import staged
 
 from .coco import coco_images
+from .folders import paired_files
 from .model import four_bits, load_base, make_trainable
 from .options import write_file
 from .results import write_results
 from .samples import TrainValidationParts, train_validation_parts
 from .settings import DataSettings, Settings, SettingsError
-from .sources import Coins, paired_files
+from .sources import Coins
 from .training import build_trainer, metrics_of
 
 
@@ -117,7 +118,7 @@ def read_data(settings: DataSettings, mask_side: int, seed: int) -> tuple[TrainV
         found = coco_images(settings.images, settings.coco)
         sources, notes = found.sources, [f"{number} {what}" for what, number in found.left_out.items()] + found.notes
     elif settings.images and settings.masks:
-        sources = paired_files(settings.images, settings.masks)
+        sources = paired_files(settings.images, settings.masks).sources
     else:
         sources = [Coins()]
     validation = settings.validation or (0.5 if len(sources) == 1 else 0.2)

@@ -10,9 +10,10 @@ import tifffile
 from labelled_images import MASK_SIDE, blocks, save_pair
 from PIL import Image
 
+from finetuning.folders import paired_files
 from finetuning.images import read_image, read_mask
 from finetuning.samples import train_validation_parts
-from finetuning.sources import Coins, DataError, paired_files
+from finetuning.sources import Coins, DataError
 
 
 GREY = np.arange(12, dtype=np.uint8).reshape(3, 4) * 20
@@ -118,7 +119,7 @@ def broken_folders(folder: Path) -> dict[str, str]:
 def test_names_every_bad_file_at_once(tmp_path):
     expected = broken_folders(tmp_path)
     with pytest.raises(DataError) as raised:
-        train_validation_parts(paired_files(tmp_path / "images", tmp_path / "masks"), MASK_SIDE)
+        train_validation_parts(paired_files(tmp_path / "images", tmp_path / "masks").sources, MASK_SIDE)
     lines = str(raised.value).splitlines()
     assert len(lines) == len(expected)
     for name, problem in expected.items():

@@ -1,0 +1,197 @@
+"""Image files and mask files that belong together by their names, in folders and the folders below them."""
+
+from collections import Counter, defaultdict
+from collections.abc import Container, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .images import IMAGE_SUFFIXES, MASK_SUFFIXES, read_image, read_mask
+from .overlaps import layers_of
+from .patterns import Pattern, files_in
+from .sources import DataError, LabelledImage, Source, SourceList
+
+
+MAX_COLOURS = 4096  # more are no objects, but soft edges or a photograph
+
+
+@dataclass(eq=False)
+class FilePair(Source):
+    """An image file and a mask file with one integer per object."""
+
+    image: Path
+    mask: Path
+
+    def __post_init__(self) -> None:
+        self.name = str(self.image)
+
+    def read(self) -> LabelledImage:  # noqa: D102, as in Source
+        return LabelledImage(read_image(self.image), read_mask(self.mask))
+
+
+class ColouredPair(FilePair):
+    """An image file and a mask file with one colour per object, on black."""
+
+    def read(self) -> LabelledImage:  # noqa: D102, as in Source
+        return LabelledImage(read_image(self.image), labels_of_colours(read_image(self.mask), self.mask))
+
+
+@dataclass(eq=False)
+class ObjectFiles(Source):
+    """An image file and a mask file for each object in it."""
+
+    image: Path
+    masks: list[Path]
+
+    def __post_init__(self) -> None:
+        self.name = str(self.image)
+
+    def read(self) -> LabelledImage:  # noqa: D102, as in Source
+        image = read_image(self.image)
+        size = image.shape[0], image.shape[1]
+        labels = layers_of(self.objects(size), size, len(self.masks))
+        empty = len(self.masks) - np.count_nonzero(np.unique(labels))
+        return LabelledImage(image, labels, left_out=Counter({"mask files are left out: they are empty": empty}))
+
+    def objects(self, size: tuple[int, int]) -> Iterator[tuple[int, np.ndarray]]:
+        """Yields a number and a mask (H, W) for each file that is not empty.
+
+        Raises:
+            ValueError: If a file has another size, or more than one object.
+        """
+        for number, path in enumerate(self.masks, start=1):
+            labels = read_mask(path)
+            if labels.shape != size:
+                raise ValueError(
+                    f"{path}: expected a mask of {size[1]} x {size[0]} pixels, got {labels.shape[1]} x "
+                    f"{labels.shape[0]}."
+                )
+            values = np.unique(labels[labels > 0])
+            if len(values) > 1:
+                raise ValueError(
+                    f"{path}: expected one object (0 and another value), got the values {values[:5]}. A * in "
+                    "--mask-pattern stands for one file per object."
+                )
+            yield number, labels > 0
+
+
+def labels_of_colours(colours: np.ndarray, path: Path) -> np.ndarray:
+    """Returns labels (H, W) of a picture (H, W, 3) uint8: a number for each colour but black.
+
+    Raises:
+        ValueError: If there are more colours than objects could have.
+    """
+    codes = colours.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], dtype=np.uint32)
+    values, labels = np.unique(codes, return_inverse=True)
+    if len(values) > MAX_COLOURS:
+        raise ValueError(
+            f"{path}: has {len(values)} colours, and --color-masks expects one per object: save masks without JPEG "
+            "compression, soft edges or resizing that blurs."
+        )
+    labels = labels.reshape(codes.shape) + (values[0] != 0)
+    return labels.astype(np.min_scalar_type(len(values)))
+
+
+def paired_files(
+    images: Path,
+    masks: Path,
+    image_pattern: str | None = None,
+    mask_pattern: str | None = None,
+    color_masks: bool = False,
+) -> SourceList:
+    """Pairs image and mask files, by default of the same name (without suffix), in two folders and those below.
+
+    Args:
+        images: Folder of the images.
+        masks: Folder of the masks; it may be the same one.
+        image_pattern: As `{stem}_img.png`; None for all files.
+        mask_pattern: As `{stem}_mask.png`; with a `*`, as in `{stem}/*.png`, each file is one object. None for files
+            that are named as the images.
+        color_masks: Whether each colour but black is an object.
+
+    Raises:
+        DataError: With every file that has no partner, or more than one.
+    """
+    if images == masks and not mask_pattern:
+        raise DataError([f"--images and --masks are both {images}: expected --mask-pattern, as in {{stem}}_mask.png."])
+    mask_files = NamedFiles(masks, mask_pattern, IMAGE_SUFFIXES if color_masks else MASK_SUFFIXES, images)
+    image_files = NamedFiles(images, image_pattern, IMAGE_SUFFIXES, masks)
+    if images == masks:
+        image_files.paths = [path for path in image_files.paths if not mask_files.keys(path)]
+    by_image = image_files.by_key()
+    by_mask = mask_files.by_key(by_image)
+    several = mask_files.pattern.is_of_several
+    problems = [
+        *image_files.unsupported(),
+        *mask_files.unsupported(),
+        *doubled(by_image),
+        *([] if several else doubled(by_mask)),
+        *mask_files.missing(by_image, by_mask),
+        *image_files.missing(by_mask, by_image),
+    ]
+    if not problems and not by_image:
+        problems = [f"{images} holds no image {image_pattern or ''} ({', '.join(IMAGE_SUFFIXES)})."]
+    if problems:
+        raise DataError(problems)
+    if several:
+        return SourceList([ObjectFiles(path, by_mask[key]) for key, (path,) in by_image.items()])
+    pair = ColouredPair if color_masks else FilePair
+    return SourceList([pair(path, by_mask[key][0]) for key, (path,) in by_image.items()])
+
+
+class NamedFiles:
+    """The files in a folder and those below it, and the pattern of their names.
+
+    Args:
+        folder: The folder.
+        pattern: What names to look for; None for all.
+        suffixes: Those that can be read.
+        other: A folder whose files are of another kind.
+
+    Raises:
+        DataError: If there is no such folder.
+    """
+
+    def __init__(self, folder: Path, pattern: str | None, suffixes: tuple[str, ...], other: Path):
+        if not folder.is_dir():
+            raise DataError([f"{folder} is not a folder."])
+        self.folder = folder
+        self.takes_all = pattern is None
+        self.pattern = Pattern(pattern or "{stem}.*")
+        self.suffixes = suffixes
+        self.paths = files_in(folder)
+        if other != folder and other.is_relative_to(folder):
+            self.paths = [path for path in self.paths if not path.is_relative_to(other)]
+
+    def keys(self, path: Path) -> list[str]:
+        """What a file has in common with others, likeliest first."""
+        return self.pattern.keys(path.relative_to(self.folder).as_posix())
+
+    def by_key(self, known: Container[str] = ()) -> dict[str, list[Path]]:
+        """Returns the files by what they have in common with others: what is `known`, if possible."""
+        found = defaultdict(list)
+        for path in self.paths:
+            if path.suffix.lower() in self.suffixes and (keys := self.keys(path)):
+                found[next((key for key in keys if key in known), keys[0])].append(path)
+        return dict(found)
+
+    def unsupported(self) -> Iterator[str]:
+        """Yields a problem for each file that cannot be read, if no pattern says that there may be others."""
+        for path in self.paths if self.takes_all else []:
+            if path.suffix.lower() not in self.suffixes:
+                expected = ", ".join(self.suffixes)
+                yield f"{path}: unsupported file type, expected one of {expected}. Convert it or remove it."
+
+    def missing(self, wanted: dict[str, list[Path]], found: Container[str]) -> Iterator[str]:
+        """Yields a problem for each of the other files that has no partner here."""
+        for key, paths in wanted.items():
+            if key not in found:
+                yield f"{paths[0]}: no file {self.pattern.filled(key)} in {self.folder}."
+
+
+def doubled(files: dict[str, list[Path]]) -> Iterator[str]:
+    """Yields a problem for each file that has another's place."""
+    for first, *more in files.values():
+        for path in more:
+            yield f"{path}: has the same name as {first}."
