@@ -21,25 +21,6 @@ THRESHOLDS = np.arange(50, 100, 5) / 100
 MOST_DETECTIONS = 1000  # an image may show more than COCO's 100 objects
 
 
-def iou_matrix(truth: Sequence[Segment], predicted: Sequence[Segment]) -> np.ndarray:
-    """Returns the IoU of each pair of segments, (T, P)."""
-    first, second = (np.array([s.box for s in group]).reshape(-1, 4) for group in (truth, predicted))
-    low = np.maximum(first[:, None, :2], second[None, :, :2])
-    high = np.minimum(first[:, None, 2:], second[None, :, 2:])
-    areas = [np.array([segment.area for segment in group]) for group in (truth, predicted)]
-    iou = np.zeros((len(truth), len(predicted)))
-    for row, column in np.argwhere((low < high).all(-1)):  # the pairs whose boxes overlap
-        left, top = low[row, column]
-        right, bottom = high[row, column]
-        parts = [
-            segment.crop[top - segment.top : bottom - segment.top, left - segment.left : right - segment.left]
-            for segment in (truth[row], predicted[column])
-        ]
-        shared = np.count_nonzero(parts[0] & parts[1])
-        iou[row, column] = shared / max(1, areas[0][row] + areas[1][column] - shared)
-    return iou
-
-
 def match(iou: np.ndarray, threshold: float = 0.5) -> list[tuple[int, int]]:
     """Returns the pairs (labelled, predicted) with at least this IoU: as many as possible, and of those the best.
 

@@ -1,7 +1,8 @@
 """Masks of objects, cropped to their boxes: cleaning, overlap, and label images."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 from scipy import ndimage
@@ -49,6 +50,18 @@ class Segment:
         """Number of pixels."""
         return int(np.count_nonzero(self.crop))
 
+    def part(self, window: tuple[slice, slice]) -> np.ndarray:
+        """Returns the mask in a window (rows, columns) of the image that overlaps the box, cropped to the box."""
+        rows, columns = window
+        return self.crop[
+            max(0, rows.start - self.top) : rows.stop - self.top,
+            max(0, columns.start - self.left) : columns.stop - self.left,
+        ]
+
+    def moved(self, down: int, right: int) -> Self:
+        """Returns the segment so many pixels further down and right."""
+        return replace(self, top=self.top + down, left=self.left + right)
+
     def full(self, shape: tuple[int, int]) -> np.ndarray:
         """Returns the mask in the whole image, bool (H, W)."""
         mask = np.zeros(shape, dtype=bool)
@@ -74,16 +87,24 @@ def segment_of(
     return Segment(int(left) + offset[1], int(top) + offset[0], crop, rating, stability, category)
 
 
-def segments_of(labels: np.ndarray) -> list[Segment]:
-    """Returns the objects of a label image (H, W), 0 = background, in the order of their numbers."""
-    numbers = np.unique(labels[labels > 0])
-    dense = np.searchsorted(numbers, labels) + 1
-    dense[labels <= 0] = 0
-    return [
-        Segment(window[1].start, window[0].start, dense[window] == number, 1.0, 1.0)
-        for number, window in enumerate(ndimage.find_objects(dense), start=1)
-        if window is not None
-    ]
+def segments_of(labels: np.ndarray, categories: Mapping[int, str] | None = None) -> list[Segment]:
+    """Returns the objects of labels, 0 = background, in the order of their numbers.
+
+    Args:
+        labels: (H, W), or (layers, H, W) where objects overlap (`overlaps.py`).
+        categories: The category of each object, by number, as far as there are any.
+    """
+    segments = {}
+    for layer in labels if labels.ndim == 3 else [labels]:
+        numbers = np.unique(layer[layer > 0])
+        dense = np.searchsorted(numbers, layer) + 1
+        dense[layer <= 0] = 0
+        for index, (rows, columns) in enumerate(ndimage.find_objects(dense)):
+            number = int(numbers[index])
+            crop = dense[rows, columns] == index + 1
+            category = (categories or {}).get(number)
+            segments[number] = Segment(columns.start, rows.start, crop, 1.0, 1.0, category)
+    return [segments[number] for number in sorted(segments)]
 
 
 def as_labels(segments: Sequence[Segment], shape: tuple[int, int]) -> np.ndarray:
@@ -147,3 +168,28 @@ def distinct(masks: np.ndarray, ratings: np.ndarray, max_overlap: float) -> np.n
         others = 1 + np.flatnonzero(shared <= max_overlap * (areas[1:] + areas[0] - shared))
         order, packed, areas = order[others], packed[others], areas[others]
     return np.array(kept, dtype=int)
+
+
+def iou_matrix(first: Sequence[Segment], second: Sequence[Segment]) -> np.ndarray:
+    """Returns the IoU of each pair of segments, (first, second)."""
+    boxes, others = (np.array([s.box for s in group]).reshape(-1, 4) for group in (first, second))
+    low = np.maximum(boxes[:, None, :2], others[None, :, :2])
+    high = np.minimum(boxes[:, None, 2:], others[None, :, 2:])
+    areas = [[segment.area for segment in group] for group in (first, second)]
+    iou = np.zeros((len(first), len(second)))
+    for row, column in np.argwhere((low < high).all(-1)):  # the pairs whose boxes overlap
+        window = slice(low[row, column, 1], high[row, column, 1]), slice(low[row, column, 0], high[row, column, 0])
+        shared = np.count_nonzero(first[row].part(window) & second[column].part(window))
+        iou[row, column] = shared / max(1, areas[0][row] + areas[1][column] - shared)
+    return iou
+
+
+def distinct_segments(segments: Sequence[Segment], max_overlap: float) -> list[Segment]:
+    """Returns the segments, best rated first; of two with an IoU above `max_overlap`, the better rated alone."""
+    ordered = sorted(segments, key=lambda segment: -segment.rating)
+    overlaps = iou_matrix(ordered, ordered) > max_overlap
+    kept: list[int] = []
+    for index in range(len(ordered)):
+        if not overlaps[index, kept].any():
+            kept.append(index)
+    return [ordered[index] for index in kept]

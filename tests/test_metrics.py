@@ -14,12 +14,11 @@ from finetuning.metrics import (
     coco_annotation,
     detection_metrics,
     dice_of,
-    iou_matrix,
     match,
     mean_segmentation_accuracy,
     segmentation_accuracy,
 )
-from finetuning.segments import Segment, segments_of
+from finetuning.segments import Segment, iou_matrix, segments_of
 
 
 SIZE = (20, 40)
