@@ -12,9 +12,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 from transformers.utils import logging
 
+from checkpoint_tools.adapter_conversions import adapter_to_fused, adapter_to_split
 from checkpoint_tools.conversions import (
-    adapter_to_fused,
-    adapter_to_split,
     from_meta,
     to_meta,
     to_onnx,
@@ -22,6 +21,9 @@ from checkpoint_tools.conversions import (
     to_split,
 )
 from checkpoint_tools.staging import one_line
+
+
+DTYPES = ("float32", "float16", "bfloat16")
 
 
 def parse_args() -> argparse.Namespace:
@@ -41,10 +43,17 @@ def parse_args() -> argparse.Namespace:
     folder, file = (Path, "folder to write"), (Path, "a checkpoint in Meta's layout, such as sam_vit_b_01ec64.pth")
     command = add(to_sam, "split model to stock SamModel", source=model, destination=folder)
     command.add_argument("--adapter", help="folder or Hub id of a PEFT adapter, to be merged")
+    command.add_argument("--dtype", choices=DTYPES, help="of the weights to write, by default that of SOURCE")
     add(to_split, "stock SamModel to split model", source=model, destination=folder)
     command = add(from_meta, "Meta's layout to split model", file=file, destination=folder)
     command.add_argument("--stock", action="store_true", help="write a stock SamModel instead")
     command.add_argument("--decoder-heads", type=int, help="of the decoder, if not Meta's 8 (no file records them)")
+    numbers = {"nargs": 3, "type": float, "metavar": ("R", "G", "B")}
+    command.add_argument("--image-mean", **numbers, help="of training images of 0 to 1, by default ImageNet's")
+    command.add_argument("--image-std", **numbers, help="of training images of 0 to 1, by default ImageNet's")
+    command.add_argument(
+        "--rescale", choices=["min-max"], help="if each training image was stretched to 0 to 1, as for MedSAM"
+    )
     add(to_meta, "split or stock model to Meta's layout", source=model, file=file)
     add(to_onnx, "split or stock model to ONNX: an encoder and decoders", source=model, destination=folder)
     for function, summary in (

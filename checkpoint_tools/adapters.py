@@ -22,10 +22,13 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import nn
 
+from .trainer_checkpoints import check_finite
+
 
 PROJECTIONS = ("q", "k", "v")
 FUSED = ("qkv",)
 PREFIX = "base_model.model."
+LINEAR, EMBEDDING = ("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")
 
 # Settings this converter handles. Any other must have PEFT's default value, because it could change the result.
 UNDERSTOOD = {
@@ -53,7 +56,7 @@ class Adapter:
             ValueError: If it is not a plain LoRA, fully described by its two matrices and its scaling.
         """
         folder = Path(source) if Path(source).is_dir() else Path(snapshot_download(source, allow_patterns="adapter_*"))
-        config = json.loads((folder / "adapter_config.json").read_text())
+        config = read_config(folder / "adapter_config.json")
         if config.get("peft_type") != "LORA":
             raise ValueError(f"{source} is a {config.get('peft_type')} adapter: only LoRA can be converted.")
         if config.get("init_lora_weights", True) not in INITS_THAT_KEEP_THE_BASE:
@@ -68,7 +71,9 @@ class Adapter:
                     f"{source} sets {setting}={config[setting]!r}, which is not converted: merge the adapter with "
                     "merge_and_unload(), and convert the model."
                 )
-        return cls(config, load_peft_weights(str(folder), device="cpu"))
+        weights = load_peft_weights(str(folder), device="cpu")
+        check_finite(weights, source)
+        return cls(config, weights)
 
     def save(self, folder: Path) -> None:
         """Writes it as PEFT does."""
@@ -89,18 +94,61 @@ class Adapter:
                 f"{', '.join(sorted(adapted)) or 'no projection'}. Use the opposite command (adapter-to-fused / "
                 "adapter-to-split). An adapter of proj, MLPs or the decoder alone needs no conversion."
             )
+        if 0 in (self.config.get("lora_alpha"), *(self.config.get("alpha_pattern") or {}).values()):
+            raise ValueError("lora_alpha is 0, with which LoRA does nothing: there is nothing to convert.")
         whole = [name for name in self.weights if re.search(r"\.attn\.(qkv|[qkv])\.(modules_to_save\.)?weight$", name)]
         if whole:
             raise ValueError(f"modules_to_save contains whole projections ({whole[0]}): merge the adapter instead.")
 
+    def part_of(self, model: nn.Module) -> nn.Module:
+        """Returns the part of `model` that was adapted: all of it, or the vision encoder as a model of its own."""
+        own = any(name.startswith(f"{PREFIX}layers.") for name in self.weights)
+        return model.vision_encoder if own else model  # type: ignore[return-value]
+
+    def check_fits(self, model: nn.Module, base: str) -> None:
+        """Checks that the factors have the widths of the modules of `model`, which is `base`.
+
+        Raises:
+            ValueError: If one has not.
+        """
+        modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+        for name, tensor in self.weights.items():
+            path, _, factor = name.removeprefix(PREFIX).partition(".lora_")
+            expected, shape = getattr(parameters.get(path), "shape", tensor.shape), tensor.shape
+            if isinstance(module := modules.get(path), nn.Linear) and factor == "A.weight":
+                expected, shape = torch.Size([module.in_features]), tensor.shape[1:]
+            elif isinstance(module, nn.Linear) and factor == "B.weight":
+                expected, shape = torch.Size([module.out_features]), tensor.shape[:1]
+            if shape != expected:
+                raise ValueError(
+                    f"The adapter does not fit {base}: {path} has {tuple(expected)} channels there, and "
+                    f"{tuple(shape)} in the adapter. Give the model that it was trained on with --base."
+                )
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """Returns the settings in `file`.
+
+    Raises:
+        ValueError: If it is no JSON object.
+    """
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}.") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} holds {config!r:.40}, expected the settings of an adapter by name.")
+    return config
+
 
 @dataclasses.dataclass
 class Factors:
-    """The two matrices of one layer's LoRA, and what they are multiplied by."""
+    """The two matrices of one layer's LoRA, what they are multiplied by, and PEFT's names for them."""
 
     a: torch.Tensor
     b: torch.Tensor
     scaling: float
+    names: tuple[str, str] = LINEAR
 
 
 def to_fused(adapter: Adapter, adapted: PeftModel, stock: nn.Module) -> Adapter:
@@ -126,10 +174,12 @@ def to_fused(adapter: Adapter, adapted: PeftModel, stock: nn.Module) -> Adapter:
     for attention, parts in layers.items():
         fused[f"{attention}.qkv"] = fuse(parts)
     split = adapted.get_base_model()
-    for attention in take_biases(weights, PROJECTIONS):
-        biases = [split.get_submodule(f"{attention}.{projection}").bias.detach() for projection in PROJECTIONS]
+    for attention, stored in take_biases(weights, PROJECTIONS).items():
+        dtype = next(iter(stored.values())).dtype
+        for projection in set(PROJECTIONS) - stored.keys():  # the base's own
+            stored[projection] = exactly(split.get_submodule(f"{attention}.{projection}").bias.detach(), dtype)
         wrapper = ".base_layer" if f"{attention}.qkv" in fused else ""
-        weights[f"{PREFIX}{attention}.qkv{wrapper}.bias"] = torch.cat(biases)
+        weights[f"{PREFIX}{attention}.qkv{wrapper}.bias"] = torch.cat([stored[name] for name in PROJECTIONS])
     return assemble(adapter, weights, fused, stock)
 
 
@@ -152,12 +202,15 @@ def to_split(adapter: Adapter, adapted: PeftModel, split: nn.Module) -> Adapter:
             parts |= {f"{attention}.{projection}": third for projection, third in unfuse(part).items()}
         else:
             parts[name] = part
-    stock = adapted.get_base_model()
-    for attention in take_biases(weights, FUSED):
-        bias = stock.get_submodule(f"{attention}.qkv").bias.detach()
-        for projection, third in zip(PROJECTIONS, bias.chunk(3), strict=True):
-            wrapper = ".base_layer" if f"{attention}.{projection}" in parts else ""
-            weights[f"{PREFIX}{attention}.{projection}{wrapper}.bias"] = third.clone()
+    for attention, stored in take_biases(weights, FUSED).items():
+        dtype = factors[f"{attention}.qkv"].a.dtype if f"{attention}.qkv" in factors else stored["qkv"].dtype
+        for projection, third in zip(PROJECTIONS, stored["qkv"].chunk(3), strict=True):
+            own = split.get_submodule(f"{attention}.{projection}").bias
+            is_adapted = f"{attention}.{projection}" in parts
+            if adapter.config.get("bias") == "lora_only" and not is_adapted and torch.equal(third, own.to(third)):
+                continue
+            wrapper = ".base_layer" if is_adapted else ""
+            weights[f"{PREFIX}{attention}.{projection}{wrapper}.bias"] = exactly(third, dtype).clone()
     return assemble(adapter, weights, parts, split)
 
 
@@ -215,23 +268,29 @@ def take_factors(adapter: Adapter, adapted: PeftModel) -> tuple[dict[str, torch.
     weights, factors = dict(adapter.weights), {}
     for name, module in adapted.get_base_model().named_modules():
         if isinstance(module, LoraLayer):
-            a, b = (weights.pop(f"{PREFIX}{name}.lora_{factor}.weight", None) for factor in "AB")
+            names = EMBEDDING if module.lora_embedding_A else LINEAR
+            a, b = (weights.pop(f"{PREFIX}{name}.{factor}", None) for factor in names)
             if a is None or b is None:
                 raise ValueError(f"The adapter's configuration targets {name}, but its file has no weights for it.")
-            factors[name] = Factors(a, b, module.scaling["default"])
+            factors[name] = Factors(a, b, module.scaling["default"], names)
     if left := sorted(name for name in weights if ".lora_" in name):
         raise ValueError(f"The model has no modules for {', '.join(left)}: pass the adapter's base with --base.")
     return weights, factors
 
 
-def take_biases(weights: dict[str, torch.Tensor], projections: tuple[str, ...]) -> list[str]:
-    """Removes the biases of `projections` from `weights` and returns the attention modules that they belong to."""
-    attentions: dict[str, None] = {}
+def take_biases(weights: dict[str, torch.Tensor], projections: tuple[str, ...]) -> dict[str, dict[str, torch.Tensor]]:
+    """Removes the biases of `projections` from `weights` and returns them by attention module and projection."""
+    biases: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
     for name in list(weights):
         if match := re.fullmatch(rf"{PREFIX}(.*\.attn)\.({'|'.join(projections)})(\.base_layer)?\.bias", name):
-            attentions[match[1]] = None
-            del weights[name]
-    return list(attentions)
+            biases[match[1]][match[2]] = weights.pop(name)
+    return biases
+
+
+def exactly(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Returns `tensor` in `dtype` if that rounds nothing, otherwise as it is."""
+    cast = tensor.to(dtype)
+    return cast if torch.equal(cast.double(), tensor.double()) else tensor
 
 
 def assemble(
@@ -263,7 +322,8 @@ def assemble(
         "auto_mapping": None,  # names the class of the other form
     }
     for name, part in factors.items():
-        weights[f"{PREFIX}{name}.lora_A.weight"], weights[f"{PREFIX}{name}.lora_B.weight"] = part.a, part.b
+        for factor, matrix in zip(part.names, (part.a, part.b), strict=True):
+            weights[f"{PREFIX}{name}.{factor}"] = matrix
     return Adapter(config, weights, notes)
 
 

@@ -3,15 +3,23 @@
 The relative error of a tensor is the largest absolute difference, relative to the largest absolute expected value.
 """
 
+import dataclasses
 from collections.abc import Mapping
 
 import numpy as np
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel, SamProcessor
+from transformers import PreTrainedModel, SamProcessor, SamVisionConfig
 
 
 Outputs = Mapping[str, torch.Tensor]
+EXAMPLE_OUTPUTS = (
+    "image_embeddings",
+    "pred_masks from a point",
+    "iou_scores from a point",
+    "pred_masks from a box and a mask",
+    "iou_scores from a box and a mask",
+)
 
 
 class OutputsDifferError(ValueError):
@@ -62,30 +70,54 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return ((actual - expected).abs().max() / scale).item()
 
 
+@dataclasses.dataclass
+class ExampleInputs:
+    """An image of noise (1, C, side, side), a point (1, 1, 1, 2), and a box (1, 1, 4) with a mask (1, 1, H, W)."""
+
+    image: torch.Tensor
+    point: torch.Tensor
+    box: torch.Tensor
+    mask: torch.Tensor
+
+    @classmethod
+    def of(cls, vision: SamVisionConfig) -> "ExampleInputs":
+        """Returns the same inputs for the same sizes, in fp32."""
+        side, grid = vision.image_size, vision.image_size // vision.patch_size
+        generator = torch.Generator().manual_seed(0)
+        return cls(
+            image=torch.randn(1, vision.num_channels, side, side, generator=generator),
+            point=torch.tensor([[[[0.3 * side, 0.6 * side]]]]),
+            box=torch.tensor([[[0.2 * side, 0.1 * side, 0.7 * side, 0.9 * side]]]),
+            mask=torch.randn(1, 1, 4 * grid, 4 * grid, generator=generator),
+        )
+
+    @staticmethod
+    def named(*outputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Returns what a model gives for these inputs by the names that error messages use."""
+        return dict(zip(EXAMPLE_OUTPUTS, outputs, strict=True))
+
+
 @torch.no_grad()
 def example_outputs(model: PreTrainedModel | PeftModel) -> dict[str, torch.Tensor]:
-    """Returns the embeddings of an image of noise, and masks and scores from a point, and from a box with a mask."""
+    """Returns the embeddings of an image, and masks and scores from a point, and from a box with a mask.
+
+    Of a vision encoder alone, the embeddings.
+    """
     model = model.get_base_model() if isinstance(model, PeftModel) else model
-    vision = model.config.vision_config
-    side, grid = vision.image_size, vision.image_size // vision.patch_size
-    generator = torch.Generator().manual_seed(0)
-    image = torch.randn(1, vision.num_channels, side, side, generator=generator)
-    mask = torch.randn(1, 1, 4 * grid, 4 * grid, generator=generator)
+    is_complete = hasattr(model.config, "vision_config")
+    inputs = ExampleInputs.of(model.config.vision_config if is_complete else model.config)
+    image = inputs.image.to(model.dtype)
+    if not is_complete:
+        return {EXAMPLE_OUTPUTS[0]: model.eval()(image).last_hidden_state}
     embeddings = model.eval().get_image_embeddings(image)
-    point = model(image_embeddings=embeddings, input_points=torch.tensor([[[[0.3 * side, 0.6 * side]]]]))
+    point = model(image_embeddings=embeddings, input_points=inputs.point)
     box = model(
         image_embeddings=embeddings,
-        input_boxes=torch.tensor([[[0.2 * side, 0.1 * side, 0.7 * side, 0.9 * side]]]),
-        input_masks=mask,
+        input_boxes=inputs.box,
+        input_masks=inputs.mask.to(model.dtype),
         multimask_output=False,
     )
-    return {
-        "image_embeddings": embeddings,
-        "pred_masks from a point": point.pred_masks,
-        "iou_scores from a point": point.iou_scores,
-        "pred_masks from a box and a mask": box.pred_masks,
-        "iou_scores from a box and a mask": box.iou_scores,
-    }
+    return inputs.named(embeddings, point.pred_masks, point.iou_scores, box.pred_masks, box.iou_scores)
 
 
 @torch.no_grad()

@@ -1,37 +1,78 @@
-"""Turns SAM checkpoints and LoRA adapters into other layouts, and measures that they give the same masks."""
+"""Turns SAM checkpoints into other layouts, and measures that they give the masks of their source.
 
-from collections.abc import Callable
+Each source is read a second time without the code that converts it: tensor by tensor, and by stock `SamModel` or by
+Meta's own model.
+"""
+
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from peft import PeftModel
+from torch import nn
 from transformers import AutoProcessor, PreTrainedModel, SamConfig, SamModel
 
-from . import adapters, meta_layout, onnx_export
+from . import meta_layout, meta_model, onnx_export, trainer_checkpoints
 from .comparison import Outputs, OutputsDifferError, compare, example_outputs, largest_relative_error
 from .loading import as_split, load, model_type, processor_for
 from .outputs import mark_archive, staged, staged_file
+from .sources import fetch
 from .staging import split_class
+from .trainer_checkpoints import check_finite, listing, name_of
+from .verification import Weights, compare_weights, split_weights, stock_model
 
 
-def to_sam(source: str, destination: Path, adapter: str | None = None, force: bool = False) -> float:
+TOLERANCE = 1e-4  # relative to the largest output: fp32 rounds differently in another order
+SHARE = 0.01  # of an adapter's own effect, by which the outputs may differ
+CLEAR_EFFECT = 1e-3  # of which fp32 can tell that share from its rounding
+NO_EFFECT = 1e-9  # fp64 rounds more than this
+
+
+def to_sam(
+    source: str, destination: Path, adapter: str | None = None, dtype: str | None = None, force: bool = False
+) -> float:
     """Writes the split model `source`, with a PEFT `adapter` on it merged, as a stock `SamModel`.
+
+    Args:
+        source: Folder or Hub id of a split or stock model.
+        destination: The folder to write.
+        adapter: Folder or Hub id of an adapter for it.
+        dtype: The name of the dtype to write, by default that of `source`.
+        force: Whether an earlier output is replaced.
 
     Returns:
         The largest absolute difference between the outputs of the written model and of `source`, relative to the
         largest output.
     """
     with staged(destination, "stock model", force, sources=(source, adapter)) as folder:
-        model, dtype = load(source)
-        if adapter is not None:
-            model = PeftModel.from_pretrained(model, adapter)
-            expected = example_outputs(model)
-            model = model.merge_and_unload()
+        model, stored = load_checked(source)
+        target = getattr(torch, dtype) if dtype else stored
+        stock = stock_model(fetch(source))
+        if adapter is None:
+            expected, tolerance = example_outputs(stock), TOLERANCE
+            merged = model
         else:
-            expected = example_outputs(model)
-        model.to_sam().to(dtype).save_pretrained(folder)
+            adapted = PeftModel.from_pretrained(model, adapter)
+            expected, effect = effect_of(adapted, model, stock)
+            tolerance = allowed_difference(effect)
+            merged = adapted.merge_and_unload()
+        sam = merged.to_sam()
+        exact = target.itemsize >= sam.dtype.itemsize or (adapter is None and target == stored)
+        if not exact:  # what rounding does is told below, and must not hide anything else
+            accepted(example_outputs(sam), expected, tolerance)
+        computed = sam.dtype
+        check_finite(sam.to(target).state_dict(), f"In {name_of(target)}, the model", "give --dtype float32")
+        sam.save_pretrained(folder)
         copy_processor(source, folder)
-        return checked(SamModel.from_pretrained(folder, dtype=torch.float32), expected, dtype)
+        compare_with_files(sam, folder)
+        written = example_outputs(SamModel.from_pretrained(folder, dtype=computed))
+        if exact:
+            return accepted(written, expected, tolerance)
+        error = largest_relative_error(written, expected)
+        share = f", which is {error / effect:.0%} of the adapter's own effect" if adapter and effect else ""
+        remedy = "" if target == torch.float32 else " --dtype float32 avoids that."
+        note(f"Rounding to {name_of(target)} changes the outputs by {error:.1e} (relative){share}.{remedy}")
+        return error
 
 
 def to_split(source: str, destination: Path, force: bool = False) -> float:
@@ -41,34 +82,94 @@ def to_split(source: str, destination: Path, force: bool = False) -> float:
             raise ValueError(f"{source}: expected a stock SAM (model_type 'sam'), got {model_type(source)!r}.")
         split_class().from_pretrained(source).save_pretrained(folder)
         copy_processor(source, folder)
-        stock = SamModel.from_pretrained(source, dtype=torch.float32)
-        model, dtype = load(str(folder))
-        return checked(model, example_outputs(stock), dtype)
+        compare_weights(folder, fetch(source))
+        return accepted(example_outputs(load(str(folder))[0].float()), example_outputs(stock_model(fetch(source))))
 
 
 def from_meta(
-    file: Path, destination: Path, stock: bool = False, decoder_heads: int = 8, force: bool = False
+    file: Path,
+    destination: Path,
+    stock: bool = False,
+    decoder_heads: int | None = None,
+    image_mean: Sequence[float] | None = None,
+    image_std: Sequence[float] | None = None,
+    rescale: str | None = None,
+    force: bool = False,
 ) -> float:
-    """Writes a checkpoint in Meta's layout as a split or `stock` model; returns the relative error, like `to_sam`."""
+    """Writes a checkpoint in Meta's layout, as trainers save it, as a split or `stock` model.
+
+    Args:
+        file: Weights of `segment_anything`, see `trainer_checkpoints`.
+        destination: The folder to write.
+        stock: Whether to write a stock `SamModel`.
+        decoder_heads: Attention heads of the decoder, if it is not Meta's.
+        image_mean: For each channel, what the processor subtracts from images of 0 to 1.
+        image_std: What it then divides by.
+        rescale: "min-max" if the model was trained on images that were each stretched to 0 to 1.
+        force: Whether an earlier output is replaced.
+
+    Returns:
+        The relative error, like `to_sam`.
+    """
     with staged(destination, "stock model" if stock else "split model", force, sources=(file,)) as folder:
-        model = meta_layout.sam_from_meta(meta_layout.read(file), decoder_heads)
-        dtype = model.dtype
-        if stock:
-            model.save_pretrained(folder)
-        else:
-            as_split(model).save_pretrained(folder)
-        processor_for(model.config).save_pretrained(folder)
-        return checked(load(str(folder))[0], example_outputs(model.float()), dtype)
+        checkpoint = trainer_checkpoints.read(file)
+        for message in checkpoint.notes:
+            note(message)
+        model = meta_layout.sam_from_meta(checkpoint.weights, decoder_heads)
+        (model if stock else as_split(model)).save_pretrained(folder)
+        settings, message = normalization(checkpoint.normalization, image_mean, image_std, rescale)
+        processor_for(model.config, **settings).save_pretrained(folder)
+        if message:
+            note(message)
+        compare_with_files(model, folder)
+        written = example_outputs(load(str(folder))[0].float())
+        if meta_model.modeling():
+            return accepted(written, meta_model.example_outputs(checkpoint.weights, model.config))
+        return accepted(written, example_outputs(model.float()))
+
+
+def normalization(
+    recorded: tuple[list[float], list[float]] | None,
+    image_mean: Sequence[float] | None,
+    image_std: Sequence[float] | None,
+    rescale: str | None,
+) -> tuple[dict[str, object], str | None]:
+    """Returns the settings of the image processor, and what users must know about them.
+
+    Args:
+        recorded: `pixel_mean` and `pixel_std` of a checkpoint, for images of 0 to 255.
+        image_mean: For images of 0 to 1.
+        image_std: For the same.
+        rescale: "min-max" for images that are stretched.
+    """
+    if rescale == "min-max":
+        message = (
+            "The processor divides by 255. The model expects each image stretched, so that its darkest value is 0 and "
+            "its brightest 255: do that before you call it, because no setting of SamImageProcessor does."
+        )
+        return {"image_mean": image_mean or [0.0] * 3, "image_std": image_std or [1.0] * 3}, message
+    if image_mean or image_std:
+        return {"image_mean": image_mean or [0.0] * 3, "image_std": image_std or [1.0] * 3}, None
+    if recorded == ([0.0] * 3, [1.0] * 3):
+        return {"image_mean": [0.0] * 3, "image_std": [1.0] * 3}, (
+            "pixel_mean is 0 and pixel_std is 1, so images are only divided by 255. If the model was trained on "
+            "values up to 255, give --image-std 0.00392156862745098 (1/255) three times."
+        )
+    if recorded:
+        mean, std = recorded
+        return {"image_mean": [value / 255 for value in mean], "image_std": [value / 255 for value in std]}, None
+    return {}, (
+        "The file does not say how images were normalized. The processor has ImageNet's mean and std, as Meta's own "
+        "models do; for a fine-tuned model that is a guess: see --image-mean, --image-std and --rescale."
+    )
 
 
 def to_meta(source: str, file: Path, force: bool = False) -> float:
     """Writes a split or stock model as a checkpoint in Meta's layout; returns the relative error, like `to_sam`."""
     with staged_file(file, "checkpoint in Meta's layout", force, sources=(source,)) as staged_path:
-        model, dtype = load(source)
+        model, dtype = load_checked(source)
+        meta_layout.check_expressible(model.config)
         model = model.to_sam()
-        torch.save(meta_layout.meta_from_sam(model.to(dtype)), staged_path)
-        mark_archive(staged_path, "checkpoint in Meta's layout")
-        expected = example_outputs(model.float())
         decoder_heads = model.config.mask_decoder_config.num_attention_heads
         if decoder_heads != meta_layout.DECODER_HEADS:
             note(
@@ -76,14 +177,24 @@ def to_meta(source: str, file: Path, force: bool = False) -> float:
                 f"TwoWayTransformer with num_heads={decoder_heads}, or convert back with "
                 f"--decoder-heads {decoder_heads}."
             )
+        torch.save(meta_layout.meta_from_sam(model.to(dtype)), staged_path)
+        mark_archive(staged_path, "checkpoint in Meta's layout")
+        weights = trainer_checkpoints.read(staged_path).weights
+        stock = stock_model(fetch(source))
         epsilon = model.config.mask_decoder_config.layer_norm_eps
         if epsilon != meta_layout.DECODER_LAYER_NORM_EPS:
             note(
-                f"The decoder's layer_norm_eps is {epsilon}, and {meta_layout.DECODER_LAYER_NORM_EPS} in Meta's "
-                "code; the difference below includes that."
+                f"The decoder's layer_norm_eps is {epsilon}, and {meta_layout.DECODER_LAYER_NORM_EPS} in Meta's code. "
+                "The comparison is made with Meta's."
             )
-        back = meta_layout.sam_from_meta(meta_layout.read(staged_path), decoder_heads)
-        return checked(back.float(), expected, dtype)
+            for module in stock.mask_decoder.modules():
+                if type(module) is nn.LayerNorm:
+                    module.eps = meta_layout.DECODER_LAYER_NORM_EPS
+        names, expected = meta_layout.names(model.config), stock.state_dict()
+        compare_tensors(weights, {meta: expected[name] for name, meta in names.items()}, file)
+        back = meta_layout.sam_from_meta(weights, decoder_heads)
+        actual = meta_model.example_outputs(weights, back.config) if meta_model.modeling() else None
+        return accepted(actual or example_outputs(back.float()), example_outputs(stock))
 
 
 def to_onnx(source: str, destination: Path, force: bool = False) -> float:
@@ -96,72 +207,92 @@ def to_onnx(source: str, destination: Path, force: bool = False) -> float:
         return accepted(onnx_export.onnx_outputs(folder, inputs), onnx_export.model_outputs(model, inputs))
 
 
-def adapter_to_fused(source: str, destination: Path, base: str | None = None, force: bool = False) -> float:
-    """Writes a LoRA of `q`, `k`, `v` as the same LoRA of stock SAM's fused `qkv`; returns as `to_sam` does."""
-    return convert_adapter(adapters.to_fused, source, destination, base, force)
-
-
-def adapter_to_split(source: str, destination: Path, base: str | None = None, force: bool = False) -> float:
-    """Writes a LoRA of stock SAM's fused `qkv` as the same LoRA of `q`, `k`, `v`; returns as `to_sam` does."""
-    return convert_adapter(adapters.to_split, source, destination, base, force)
-
-
-def convert_adapter(
-    convert: Callable[[adapters.Adapter, PeftModel, PreTrainedModel], adapters.Adapter],
-    source: str,
-    destination: Path,
-    base: str | None,
-    force: bool,
-) -> float:
-    """Applies `convert` to the adapter `source`, and compares both on `base` (by default the base it names)."""
-    with staged(destination, "adapter", force, sources=(source, base)) as folder:
-        to_fused = convert is adapters.to_fused
-        adapter = adapters.Adapter.load(source)
-        adapter.require(adapters.PROJECTIONS if to_fused else adapters.FUSED)
-        base = base or adapter.config.get("base_model_name_or_path")
-        if not base:
-            raise ValueError(f"{source} does not name the model it was trained on: give it with --base.")
-        split, _ = load(base)
-        stock = split.to_sam()
-        plain = example_outputs(stock)
-        adapted = PeftModel.from_pretrained(split if to_fused else stock, source)
-        target = stock if to_fused else split
-        converted = convert(adapter, adapted, target)
-        if to_fused and model_type(base) != SamConfig.model_type:
-            converted.notes.append(
-                f"base_model_name_or_path is left out, because {base} is split. The new adapter fits its stock "
-                "version (convert.py to-sam)."
-            )
-            base = None
-        converted.config["base_model_name_or_path"] = base
-        converted.save(folder)
-        for message in converted.notes:
-            note(message)
-        expected = example_outputs(adapted)
-        effect = largest_relative_error(expected, plain)
-        note(f"The adapter itself changes the outputs by {effect:.1e} (relative).")
-        return checked(PeftModel.from_pretrained(target, folder), expected, torch.float32, 0.01 * effect)
-
-
-def checked(
-    model: PreTrainedModel | PeftModel, expected: Outputs, dtype: torch.dtype, tolerance: float = 1e-4
-) -> float:
-    """Returns the largest relative error of the model's outputs.
+def load_checked(
+    source: str, revision: str | None = None, complete: bool = True
+) -> tuple[PreTrainedModel, torch.dtype]:
+    """Returns what `load` does, after comparing each weight with the files.
 
     Raises:
-        ValueError: If it exceeds `tolerance` and the rounding error of `dtype`.
+        ValueError: If a weight is not that of the files, or not finite.
     """
-    return accepted(example_outputs(model), expected, max(tolerance, 16 * torch.finfo(dtype).eps))
+    model, dtype = load(source, revision, complete)
+    check_finite(model.state_dict(), source)
+    compare_with_files(model, fetch(source, revision))
+    return model, dtype
 
 
-def accepted(actual: Outputs, expected: Outputs, tolerance: float = 1e-4) -> float:
+def compare_with_files(model: PreTrainedModel, folder: Path) -> None:
+    """Compares each weight of a split or stock model with the files in `folder`, without the code that loads them.
+
+    Raises:
+        ValueError: If the files lack a weight, or have another value for it.
+    """
+    compare_tensors(dict(split_weights(Weights(folder))), dict(split_weights(model.state_dict())), folder)
+
+
+def compare_tensors(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], source: Path) -> None:
+    """Compares tensors bit for bit, whatever their dtypes; of two tied ones, `actual` may lack one.
+
+    Raises:
+        ValueError: If one is missing or different.
+    """
+    tied = {**meta_layout.TIED, **{value: key for key, value in meta_layout.TIED.items()}}
+    different = []
+    for name, tensor in expected.items():
+        own = actual.get(name, actual.get(tied.get(name, name)))
+        if own is None or own.shape != tensor.shape or not torch.equal(own.double(), tensor.double()):
+            different.append(name)
+    if different:
+        raise ValueError(
+            f"{source}: weights in the file are not those of the model: {listing(different)}. If the file has a wider "
+            "dtype than its config.json says, correct `dtype` there."
+        )
+
+
+def effect_of(
+    adapted: nn.Module, model: PreTrainedModel, plain: PreTrainedModel
+) -> tuple[dict[str, torch.Tensor], float]:
+    """Returns the outputs of `model`, which holds an adapter, and by how much they differ from those of `plain`.
+
+    Computes in fp32, and again in fp64 if the effect is so small that fp32 could hide a part of it.
+
+    Args:
+        adapted: What PEFT returned for `model` or a part of it.
+        model: The model whose modules are adapted in place.
+        plain: The same model without an adapter, split or stock.
+
+    Returns:
+        The outputs, and the relative difference; 0 for an untrained adapter.
+    """
+    for dtype in (torch.float32, torch.float64):
+        for module in (adapted, model, plain):
+            module.to(dtype)
+        expected = example_outputs(model)
+        effect = largest_relative_error(expected, example_outputs(plain))
+        if not effect < CLEAR_EFFECT:
+            break
+    if effect < NO_EFFECT:
+        note("The adapter changes nothing, as before training: there is no effect of it to compare.")
+        return expected, 0.0
+    note(f"The adapter itself changes the outputs by {effect:.1e} (relative).")
+    return expected, effect
+
+
+def allowed_difference(effect: float) -> float:
+    """Returns the relative difference that a conversion of an adapter may make."""
+    return min(TOLERANCE, max(SHARE * effect, NO_EFFECT))
+
+
+def accepted(actual: Outputs, expected: Outputs, tolerance: float = TOLERANCE) -> float:
     """Returns the largest relative error of an output.
 
     Raises:
-        ValueError: If it is more than `tolerance`, and more than the rounding of outputs explains.
+        ValueError: If it is more than `tolerance`, or not a number.
     """
+    if broken := [name for name, tensor in expected.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"The source itself gives NaN or infinity for {listing(broken)}. Nothing was written.")
     try:
-        return compare(actual, expected, max(1e-5, tolerance), reference="the source")
+        return compare(actual, expected, tolerance, reference="the source")
     except OutputsDifferError as error:
         raise ValueError(
             f"{error} Nothing was written. If the source works as it is, please report this as a bug."

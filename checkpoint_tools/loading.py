@@ -1,30 +1,53 @@
 """Loads any SAM v1, stock or split, as a split model, and makes the processor that fits a model."""
 
+from pathlib import Path
+
 import torch
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from torch import nn
 from transformers import PreTrainedModel, SamConfig, SamModel, SamProcessor
 
 from .staging import split_class
 
 
-def load(source: str) -> tuple[PreTrainedModel, torch.dtype]:
-    """Returns the split or stock model `source` as a split model in float32, and the dtype of its weights on disk.
+VISION_TYPES = ("sam_vision_model", "sam_split_vision_model")
+
+
+def load(source: str, revision: str | None = None, complete: bool = True) -> tuple[PreTrainedModel, torch.dtype]:
+    """Returns the split or stock model `source` as a split model in float32 or more, and the dtype of its weights.
+
+    Args:
+        source: A folder, or an id of the Hub.
+        revision: Of the latter: a branch, tag or commit.
+        complete: Whether a vision encoder alone is refused.
 
     Raises:
-        ValueError: If it is another model, or the vision encoder alone.
+        ValueError: If it is another model, or not there, or lacks weights.
     """
-    if model_type(source) not in (SamConfig.model_type, "sam_split"):
-        raise ValueError(
-            f"{source}: expected a complete SAM (model_type 'sam' or 'sam_split'), got {model_type(source)!r}."
-        )
-    model = split_class().from_pretrained(source).eval()
+    found = model_type(source, revision)
+    if found in (SamConfig.model_type, "sam_split"):
+        model_class = split_class()
+    elif found in VISION_TYPES and not complete:
+        model_class = split_class("SamSplitVisionModel")
+    else:
+        raise ValueError(f"{source}: expected a complete SAM (model_type 'sam' or 'sam_split'), got {found!r}.")
+    model = model_class.from_pretrained(source, revision=revision).eval()
     dtype = model.dtype
-    return model.float(), dtype
+    return model.to(torch.promote_types(dtype, torch.float32)), dtype
 
 
-def model_type(source: str) -> str | None:
-    """Returns what the configuration of `source` says."""
-    return SamConfig.get_config_dict(source)[0].get("model_type")
+def model_type(source: str, revision: str | None = None) -> str | None:
+    """Returns what the configuration of `source` says.
+
+    Raises:
+        ValueError: If there is no such folder, and it is no id of the Hub either.
+    """
+    if not Path(source).is_dir():
+        try:
+            validate_repo_id(source)
+        except HFValidationError as error:
+            raise ValueError(f"{source}: there is no such folder, and an id of the Hub is USER/NAME.") from error
+    return SamConfig.get_config_dict(source, revision=revision)[0].get("model_type")
 
 
 def as_split(stock: SamModel) -> PreTrainedModel:
@@ -36,8 +59,8 @@ def as_split(stock: SamModel) -> PreTrainedModel:
     return model.eval()
 
 
-def processor_for(config: SamConfig) -> SamProcessor:
-    """Returns SAM's processor, with the sizes of the model."""
+def processor_for(config: SamConfig, **settings: object) -> SamProcessor:
+    """Returns SAM's processor, with the sizes of the model, and other `settings` of `SamImageProcessor`."""
     from transformers import SamImageProcessor  # imported here, because it warns if torchvision is missing
 
     image_size = config.vision_config.image_size
@@ -48,6 +71,7 @@ def processor_for(config: SamConfig) -> SamProcessor:
             pad_size={"height": image_size, "width": image_size},
             mask_size={"longest_edge": mask_size},
             mask_pad_size={"height": mask_size, "width": mask_size},
+            **settings,
         )
     )
 

@@ -1,12 +1,12 @@
 """The layout of Meta's original `segment_anything` checkpoints (https://github.com/facebookresearch/segment-anything)."""
 
-import pickle
 import re
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Callable
 
 import torch
 from transformers import SamConfig, SamModel
+
+from .trainer_checkpoints import listing
 
 
 # One tensor in Meta's layout (prompt_encoder.pe_layer…); two tied copies in transformers.
@@ -14,6 +14,13 @@ TIED = {"prompt_encoder.shared_embedding.positional_embedding": "shared_image_em
 
 # Meta's decoder, the same for all encoders.
 DECODER_SIZE, DECODER_HEADS, DECODER_LAYER_NORM_EPS = 256, 8, 1e-5
+
+# Settings that are constants in Meta's code.
+FIXED_SETTINGS = {
+    "vision_config": {"hidden_act": "gelu", "layer_norm_eps": 1e-6, "use_abs_pos": True, "use_rel_pos": True},
+    "prompt_encoder_config": {"hidden_act": "gelu", "layer_norm_eps": 1e-6},
+    "mask_decoder_config": {"hidden_act": "relu"},
+}
 
 # Renaming rules from transformers to Meta, applied in this order.
 RENAMES: list[tuple[str, str | Callable[[re.Match], str]]] = [
@@ -42,27 +49,6 @@ RENAMES: list[tuple[str, str | Callable[[re.Match], str]]] = [
     (r"(_head|mlps\.\d+)\.proj_in\.", r"\1.layers.0."),
     (r"(mlps\.\d+)\.proj_out\.", r"\1.layers.2."),
 ]
-
-
-def read(file: Path) -> dict[str, torch.Tensor]:
-    """Returns the weights in `file`, also from a training checkpoint that has them under "model".
-
-    Raises:
-        ValueError: If the file holds anything else, or weights of several dtypes.
-    """
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        raise ValueError(
-            f"{file} is damaged, or contains more than plain tensors. Other objects are not loaded, because they "
-            "could run code. Save the state dict of a segment_anything model with torch.save."
-        ) from error
-    weights = content.get("model", content) if isinstance(content, dict) else content
-    if not isinstance(weights, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
-        raise ValueError(f"{file} does not contain a state dict: save the state dict of a segment_anything model.")
-    if len(dtypes := {tensor.dtype for tensor in weights.values()}) > 1:
-        raise ValueError(f"{file} holds weights of several dtypes ({', '.join(map(str, dtypes))}): cast them to one.")
-    return weights
 
 
 def names(config: SamConfig) -> dict[str, str]:
@@ -106,13 +92,28 @@ def sam_from_meta(weights: dict[str, torch.Tensor], decoder_heads: int | None = 
     if any(problems.values()):
         raise ValueError(
             "This is not a checkpoint of Meta's SAM. Weights "
-            + "; ".join(f"{problem}: {_listing(keys)}" for problem, keys in problems.items() if keys)
+            + "; ".join(f"{problem}: {listing(keys)}" for problem, keys in problems.items() if keys)
         )
     state_dict = {name: weights[meta] for name, meta in by_name.items()}
     state_dict |= {copy: state_dict[name] for copy, name in TIED.items()}
     model.load_state_dict(state_dict, assign=True)
     model.tie_weights()
     return model.eval()
+
+
+def check_expressible(config: SamConfig) -> None:
+    """Passes settings that Meta's code has, or that the shapes of weights tell.
+
+    Raises:
+        ValueError: If the model would be another one in Meta's code.
+    """
+    for part, settings in FIXED_SETTINGS.items():
+        for name, value in settings.items():
+            if (actual := getattr(getattr(config, part), name)) != value:
+                raise ValueError(
+                    f"Meta's layout cannot express {name}={actual!r} of {part}: Meta's code has {value!r}, and the "
+                    "file holds weights alone."
+                )
 
 
 def config_of(weights: dict[str, torch.Tensor], decoder_heads: int | None = None) -> SamConfig:
@@ -128,7 +129,7 @@ def config_of(weights: dict[str, torch.Tensor], decoder_heads: int | None = None
 
     def shape(name: str) -> torch.Size:
         if name not in weights:
-            raise ValueError(f"This is not a checkpoint of Meta's SAM: expected {name}, got {_listing(weights)}.")
+            raise ValueError(f"This is not a checkpoint of Meta's SAM: expected {name}, got {listing(weights)}.")
         return weights[name].shape
 
     def count(pattern: str) -> int:
@@ -157,6 +158,8 @@ def config_of(weights: dict[str, torch.Tensor], decoder_heads: int | None = None
                 "recorded in the file: pass --decoder-heads."
             )
         decoder_heads = DECODER_HEADS
+    if decoder_heads < 1 or decoder_size % decoder_heads:
+        raise ValueError(f"--decoder-heads {decoder_heads}: expected a divisor of the decoder's width {decoder_size}.")
     image = {"image_size": grid_size * patch_size, "patch_size": patch_size}
     return SamConfig(
         vision_config={
@@ -191,9 +194,3 @@ def config_of(weights: dict[str, torch.Tensor], decoder_heads: int | None = None
             "layer_norm_eps": DECODER_LAYER_NORM_EPS,
         },
     )
-
-
-def _listing(keys: Iterable[str], limit: int = 5) -> str:
-    keys = sorted(keys)
-    more = f" and {len(keys) - limit} more" if len(keys) > limit else ""
-    return ", ".join(keys[:limit]) + more

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel, SamModel
 
 from checkpoint_tools import adapters
+from checkpoint_tools.adapter_conversions import adapter_to_fused, adapter_to_split
 from checkpoint_tools.comparison import relative_error
-from checkpoint_tools.conversions import adapter_to_fused, adapter_to_split
 
 
 def lora(**settings) -> LoraConfig:

@@ -31,7 +31,7 @@ def segment_anything() -> types.ModuleType:
     if spec is None:
         pytest.skip("segment-anything-py is not installed")
     package = types.ModuleType("segment_anything")
-    package.__path__ = list(spec.submodule_search_locations)
+    package.__path__, package.__spec__ = list(spec.submodule_search_locations), spec
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "segment_anything", package)
         for module in ("modeling", "build_sam"):
@@ -127,7 +127,7 @@ def assert_same_as_meta(model: PreTrainedModel, meta: torch.nn.Module, prompts: 
 def test_from_meta_gives_metas_outputs(size, segment_anything, tmp_path, logged):
     meta = meta_model(segment_anything, **SIZES[size])
     torch.save(meta.state_dict(), tmp_path / "sam.pth")
-    assert conversions.from_meta(tmp_path / "sam.pth", tmp_path / "split", decoder_heads=META["heads"]) < 1e-6
+    assert conversions.from_meta(tmp_path / "sam.pth", tmp_path / "split", decoder_heads=META["heads"]) < 1e-5
     model = AutoModel.from_pretrained(tmp_path / "split", trust_remote_code=True)
     assert_same_as_meta(model, meta, ("points",), multimask=True)
     assert model.config.vision_config.global_attn_indexes == list(SIZES[size].get("global_layers", (1, 3))) or (
@@ -153,7 +153,7 @@ def test_meta_and_back(layout, dtype, segment_anything, tmp_path):
     conversions.from_meta(tmp_path / "trained.pth", tmp_path / "model", stock=layout == "stock", decoder_heads=8)
     if layout == "stock":
         assert SamModel.from_pretrained(tmp_path / "model").dtype == dtype
-    assert conversions.to_meta(str(tmp_path / "model"), tmp_path / "sam.pth") == 0
+    assert conversions.to_meta(str(tmp_path / "model"), tmp_path / "sam.pth") < 1e-5
     back = torch.load(tmp_path / "sam.pth", weights_only=True)
     assert back.keys() == meta.state_dict().keys()
     for name, tensor in meta.state_dict().items():
@@ -199,9 +199,9 @@ def test_sizes_of_meta(size, vision, segment_anything):
             lambda weights: weights.update({"image_encoder.pos_embed": torch.zeros(1, 6, 6, 24)}),
             "rel_pos tables are for [4, 9] tokens, but the image has 6 x 6",
         ),
-        (lambda weights: weights.clear(), "expected image_encoder.patch_embed.proj.weight"),
+        (lambda weights: weights.clear(), "does not contain a state dict"),
         (lambda weights: weights.update(extra="text"), "does not contain a state dict"),
-        (lambda weights: weights.update(extra=torch.zeros(1, dtype=torch.int8)), "several dtypes"),
+        (lambda weights: weights.update(extra=torch.zeros(1, dtype=torch.int8)), "got other dtypes in extra"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -264,8 +264,8 @@ def test_a_wrong_result_is_not_kept(split_dir, stock, tmp_path, monkeypatch):
     monkeypatch.setattr("checkpoint_tools.loading.split_class", lambda: wrong)
     with pytest.raises(ValueError, match="Nothing was written"):
         conversions.to_sam(str(split_dir), tmp_path / "stock")
-    with pytest.raises(ValueError, match="Nothing was written"):
-        monkeypatch.setattr(meta_layout, "meta_from_sam", lambda model: meta_from_sam(stock_model().float()))
+    with pytest.raises(ValueError, match="weights in the file are not those of the model"):
+        monkeypatch.setattr(meta_layout, "meta_from_sam", lambda model: meta_from_sam(randomize(stock_model(), 5)))
         conversions.to_meta(str(split_dir), tmp_path / "sam.pth")
     assert not list(tmp_path.iterdir())
 
@@ -311,7 +311,7 @@ def test_runs_from_anywhere_and_fails_in_one_line(tmp_path):
     assert process.returncode == 1
     assert process.stdout == ""
     assert process.stderr.splitlines()[-1].startswith(f"convert.py: cannot convert {tmp_path}/sam.pth: ")
-    assert "contains more than plain tensors" in process.stderr
+    assert "objects of builtins.print. They are not loaded" in process.stderr
     assert "Traceback" not in process.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["sam.pth"]
 
@@ -322,7 +322,7 @@ def test_runs_from_anywhere_and_fails_in_one_line(tmp_path):
         ("to-sam nowhere out", "nowhere"),
         ("to-split {stock_dir} {split_dir}", "not empty"),
         ("from-meta nowhere.pth out", "No such file"),
-        ("from-meta {stock_dir}/config.json out", "is damaged, or contains more than plain tensors"),
+        ("from-meta {stock_dir}/config.json out", "is damaged, or was not written by torch.save"),
         ("to-meta {stock_dir} {split_dir}/config.json", "exists: choose another"),
     ],
 )

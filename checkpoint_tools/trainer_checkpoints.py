@@ -1,0 +1,190 @@
+"""Reads the weights of Meta's SAM from what trainers save: wrapped, prefixed, and beside other things."""
+
+import dataclasses
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+
+# Where trainers put the state dict; the last two are DeepSpeed's and plain loops'.
+WRAPPERS = ("model", "state_dict", "model_state", "model_state_dict", "module", "net")
+# Modules around SAM: (Distributed)DataParallel, Lightning, micro-sam, MedSAM's derivatives, torch.compile.
+PREFIX = re.compile(r"(?:(?:module|model|sam|net|sam_model|_orig_mod)\.)+")
+NORMALIZATION = ("pixel_mean", "pixel_std")  # buffers of Meta's Sam, which Meta's own code does not save
+
+# Metrics and histories, which are plain data, under their names of numpy 1 and 2.
+_SCALAR, _ARRAY = (value.__reduce__()[0] for value in (np.float64(0), np.zeros(1)))
+NUMPY_DATA = [
+    *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    *((_ARRAY, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
+    *(np.dtype, np.ndarray),
+    *(type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["Float"] + "?"),
+]
+
+
+@dataclasses.dataclass
+class TrainerCheckpoint:
+    """Weights in Meta's layout, and what the file says besides.
+
+    Args:
+        weights: Tensors by Meta's names, of one floating-point dtype.
+        notes: What was stripped, left out or cast, in a sentence each.
+        normalization: `pixel_mean` and `pixel_std`, of 3 numbers each, where the file has both.
+    """
+
+    weights: dict[str, torch.Tensor]
+    notes: list[str]
+    normalization: tuple[list[float], list[float]] | None = None
+
+
+def read(file: Path) -> TrainerCheckpoint:
+    """Reads a `.safetensors` file, or a file of `torch.save` without running code of it.
+
+    Raises:
+        ValueError: If the file is damaged, holds other objects than data, no state dict or more than one, or weights
+            that are not finite floating-point numbers.
+    """
+    content = unpacked(file)
+    state_dict, wrapper, beside = unwrapped(content, file)
+    notes = [f"The weights are those under {wrapper!r}."] if wrapper else []
+    if beside:
+        notes.append(f"Left out, because a SAM has no place for it: {', '.join(map(str, beside))}.")
+    weights, prefixes = without_prefixes(state_dict, file)
+    if prefixes:
+        notes.append(f"Prefixes were removed from the names: {listing(map(repr, prefixes))}.")
+    normalization = [weights.pop(name, None) for name in NORMALIZATION]
+    check_finite(weights, file)
+    dtypes = {tensor.dtype for tensor in weights.values()}
+    if len(dtypes) > 1:
+        widest = torch.float32
+        for dtype in dtypes:
+            widest = torch.promote_types(widest, dtype)
+        notes.append(f"The weights have several dtypes ({listing(dtypes)}): all are written in {name_of(widest)}.")
+        weights = {name: tensor.to(widest) for name, tensor in weights.items()}
+    checkpoint = TrainerCheckpoint(weights, notes)
+    if all(value is not None and value.numel() == 3 for value in normalization):
+        mean, std = (value.double().flatten().tolist() for value in normalization)
+        checkpoint.normalization = mean, std
+    return checkpoint
+
+
+def unpacked(file: Path) -> Any:
+    """Returns what `file` holds.
+
+    Raises:
+        ValueError: If it is damaged, or holds objects whose loading could run code.
+    """
+    with file.open("rb"):  # a file that cannot be opened is an OSError
+        pass
+    if file.suffix == ".safetensors":
+        try:
+            return load_file(file)
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged, or no safetensors file: {error}.") from error
+    try:
+        with torch.serialization.safe_globals(NUMPY_DATA), warnings.catch_warnings(action="ignore"):
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # bytes that are no pickle raise nearly any
+        if objects := foreign_objects(file, str(error)):
+            raise ValueError(
+                f"{file} holds more than weights and numbers: objects of {', '.join(objects)}. They are not loaded, "
+                "because that could run code. If you trust the file, load it where it was written, with "
+                "weights_only=False, and save the weights in it alone with torch.save."
+            ) from error
+        raise ValueError(f"{file} is damaged, or was not written by torch.save.") from error
+
+
+def foreign_objects(file: Path, message: str) -> list[str]:
+    """Returns the classes and functions that torch refuses to load from `file`, by name."""
+    try:
+        with torch.serialization.safe_globals(NUMPY_DATA):
+            names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    except Exception:  # the old format, or damage
+        names = re.findall(r"GLOBAL (\S+) was not an allowed global", message)
+    allowed = {name for entry in NUMPY_DATA if isinstance(entry, tuple) for name in entry[1:]}
+    return sorted(name for name in {*names} - allowed if not name.startswith("numpy"))
+
+
+def unwrapped(content: Any, file: Path) -> tuple[Mapping[str, torch.Tensor], str, list[Any]]:
+    """Returns the state dict in `content`, the name that it is under, and the other names beside it.
+
+    Raises:
+        ValueError: If there is none, or more than one.
+    """
+    if not isinstance(content, Mapping):
+        raise ValueError(
+            f"{file} holds a {type(content).__name__}: expected a state dict of a segment_anything model."
+        )
+    wrapped = [name for name in WRAPPERS if isinstance(content.get(name), Mapping) and has_tensors(content[name])]
+    if len(wrapped) > 1:
+        raise ValueError(f"{file} holds weights under {' and '.join(map(repr, wrapped))}: save those you want alone.")
+    if wrapped:
+        state_dict, inner, beside = unwrapped(content[wrapped[0]], file)
+        name = f"{wrapped[0]}.{inner}" if inner else wrapped[0]
+        return state_dict, name, [key for key in content if key != wrapped[0]] + beside
+    foreign = [key for key, value in content.items() if not isinstance(key, str) or not torch.is_tensor(value)]
+    if foreign or not content:
+        raise ValueError(
+            f"{file} does not contain a state dict of a segment_anything model: expected tensors by name, directly or "
+            f"under one of {', '.join(WRAPPERS)}, got {listing(map(repr, foreign)) or 'nothing'}."
+        )
+    return content, "", []
+
+
+def has_tensors(content: Mapping[Any, Any]) -> bool:
+    """Whether `content` is a state dict, or holds one."""
+    return any(
+        torch.is_tensor(value) or (name in WRAPPERS and isinstance(value, Mapping) and has_tensors(value))
+        for name, value in content.items()
+    )
+
+
+def without_prefixes(state_dict: Mapping[str, torch.Tensor], file: Path) -> tuple[dict[str, torch.Tensor], set[str]]:
+    """Returns the tensors by the names that they have in SAM, and the prefixes that the names had.
+
+    Raises:
+        ValueError: If two names become the same.
+    """
+    weights: dict[str, torch.Tensor] = {}
+    prefixes = set()
+    for name, tensor in state_dict.items():
+        if match := PREFIX.match(name):
+            prefixes.add(match[0])
+        short = name[match.end() :] if match else name
+        if short in weights:
+            raise ValueError(f"{file} holds {short} twice, with different prefixes: save one of the two models alone.")
+        weights[short] = tensor
+    return weights, prefixes
+
+
+def check_finite(
+    weights: Mapping[str, torch.Tensor], source: object, advice: str = "diverged training leaves such weights"
+) -> None:
+    """Passes weights that are finite floating-point numbers.
+
+    Raises:
+        ValueError: If some are not: integers of a quantized model, or what diverging training left.
+    """
+    if integers := [name for name, tensor in weights.items() if not tensor.is_floating_point()]:
+        raise ValueError(f"{source}: expected floating-point weights, got other dtypes in {listing(integers)}.")
+    if broken := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"{source} holds NaN or infinity in {listing(broken)}: {advice}.")
+
+
+def listing(keys: Iterable[object], limit: int = 5) -> str:
+    """Returns the first of `keys`, and how many more there are."""
+    names = sorted(map(name_of, keys))
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def name_of(key: object) -> str:
+    """Returns the name of a dtype without its module, and anything else as it is."""
+    return str(key).removeprefix("torch.")
