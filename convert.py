@@ -48,9 +48,9 @@ def parse_args() -> argparse.Namespace:
     command = add(from_meta, "Meta's layout to split model", file=file, destination=folder)
     command.add_argument("--stock", action="store_true", help="write a stock SamModel instead")
     command.add_argument("--decoder-heads", type=int, help="of the decoder, if not Meta's 8 (no file records them)")
-    numbers = {"nargs": 3, "type": float, "metavar": ("R", "G", "B")}
-    command.add_argument("--image-mean", **numbers, help="of training images of 0 to 1, by default ImageNet's")
-    command.add_argument("--image-std", **numbers, help="of training images of 0 to 1, by default ImageNet's")
+    for name in ("mean", "std"):
+        summary = f"{name} of the training images, for values of 0 to 1 (ImageNet's)"
+        command.add_argument(f"--image-{name}", nargs=3, type=float, metavar=("R", "G", "B"), help=summary)
     command.add_argument(
         "--rescale", choices=["min-max"], help="if each training image was stretched to 0 to 1, as for MedSAM"
     )

@@ -205,7 +205,7 @@ def to_split(adapter: Adapter, adapted: PeftModel, split: nn.Module) -> Adapter:
     for attention, stored in take_biases(weights, FUSED).items():
         dtype = factors[f"{attention}.qkv"].a.dtype if f"{attention}.qkv" in factors else stored["qkv"].dtype
         for projection, third in zip(PROJECTIONS, stored["qkv"].chunk(3), strict=True):
-            own = split.get_submodule(f"{attention}.{projection}").bias
+            own = split.get_parameter(f"{attention}.{projection}.bias")
             is_adapted = f"{attention}.{projection}" in parts
             if adapter.config.get("bias") == "lora_only" and not is_adapted and torch.equal(third, own.to(third)):
                 continue

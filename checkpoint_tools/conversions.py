@@ -117,10 +117,10 @@ def from_meta(
             note(message)
         model = meta_layout.sam_from_meta(checkpoint.weights, decoder_heads)
         (model if stock else as_split(model)).save_pretrained(folder)
-        settings, message = normalization(checkpoint.normalization, image_mean, image_std, rescale)
+        settings, advice = normalization(checkpoint.normalization, image_mean, image_std, rescale)
         processor_for(model.config, **settings).save_pretrained(folder)
-        if message:
-            note(message)
+        if advice:
+            note(advice)
         compare_with_files(model, folder)
         written = example_outputs(load(str(folder))[0].float())
         if meta_model.modeling():

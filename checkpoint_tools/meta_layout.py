@@ -16,7 +16,7 @@ TIED = {"prompt_encoder.shared_embedding.positional_embedding": "shared_image_em
 DECODER_SIZE, DECODER_HEADS, DECODER_LAYER_NORM_EPS = 256, 8, 1e-5
 
 # Settings that are constants in Meta's code.
-FIXED_SETTINGS = {
+FIXED_SETTINGS: dict[str, dict[str, object]] = {
     "vision_config": {"hidden_act": "gelu", "layer_norm_eps": 1e-6, "use_abs_pos": True, "use_rel_pos": True},
     "prompt_encoder_config": {"hidden_act": "gelu", "layer_norm_eps": 1e-6},
     "mask_decoder_config": {"hidden_act": "relu"},

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import nn
@@ -37,8 +38,8 @@ def modeling() -> ModuleType | None:
     return sys.modules[MODULE_NAME]
 
 
-def build(config: SamConfig) -> nn.Module:
-    """Returns Meta's `Sam` of the sizes in `config`, built as `build_sam` does, without weights.
+def build(config: SamConfig) -> Any:
+    """Returns Meta's `Sam`, a module, of the sizes in `config`, built as `build_sam` does, without weights.
 
     Raises:
         ModuleNotFoundError: If `segment_anything` is not installed.

@@ -21,7 +21,7 @@ NORMALIZATION = ("pixel_mean", "pixel_std")  # buffers of Meta's Sam, which Meta
 
 # Metrics and histories, which are plain data, under their names of numpy 1 and 2.
 _SCALAR, _ARRAY = (value.__reduce__()[0] for value in (np.float64(0), np.zeros(1)))
-NUMPY_DATA = [
+NUMPY_DATA: list[Any] = [
     *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
     *((_ARRAY, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
     *(np.dtype, np.ndarray),
@@ -59,7 +59,7 @@ def read(file: Path) -> TrainerCheckpoint:
     weights, prefixes = without_prefixes(state_dict, file)
     if prefixes:
         notes.append(f"Prefixes were removed from the names: {listing(map(repr, prefixes))}.")
-    normalization = [weights.pop(name, None) for name in NORMALIZATION]
+    normalization = [weights.pop(name).double().flatten().tolist() for name in NORMALIZATION if name in weights]
     check_finite(weights, file)
     dtypes = {tensor.dtype for tensor in weights.values()}
     if len(dtypes) > 1:
@@ -68,11 +68,9 @@ def read(file: Path) -> TrainerCheckpoint:
             widest = torch.promote_types(widest, dtype)
         notes.append(f"The weights have several dtypes ({listing(dtypes)}): all are written in {name_of(widest)}.")
         weights = {name: tensor.to(widest) for name, tensor in weights.items()}
-    checkpoint = TrainerCheckpoint(weights, notes)
-    if all(value is not None and value.numel() == 3 for value in normalization):
-        mean, std = (value.double().flatten().tolist() for value in normalization)
-        checkpoint.normalization = mean, std
-    return checkpoint
+    if [len(values) for values in normalization] != [3, 3]:
+        return TrainerCheckpoint(weights, notes)
+    return TrainerCheckpoint(weights, notes, normalization=(normalization[0], normalization[1]))
 
 
 def unpacked(file: Path) -> Any:
