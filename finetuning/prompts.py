@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import ndimage
 from torch.utils.data import Dataset, default_collate
 from transformers import SamProcessor
 
+from .clicks import deepest
 from .overlaps import mask_of
 from .samples import Sample, Window, shrink, visible
 
@@ -218,22 +218,13 @@ def draw_points(
     points = inside[rng.integers(len(inside), size=positive)]
     labels = [1] * positive
     if central:
-        points[0] = deepest(mask)
+        points[0] = deepest(mask)[0]
     if negative:
         beside = np.argwhere(surroundings(mask) & ~mask)
         labels += [0 if len(beside) else PADDING] * negative
         beside = beside if len(beside) else np.zeros((1, 2), dtype=int)
         points = np.concatenate([points, beside[rng.integers(len(beside), size=negative)]])
     return [[float(column), float(row)] for row, column in points], labels
-
-
-def deepest(mask: np.ndarray) -> np.ndarray:
-    """Returns the (row, column) of the mask pixel farthest from the mask's border."""
-    left, top, right, bottom = (int(edge) for edge in box_of(mask))
-    part = np.pad(mask[top : bottom + 1, left : right + 1], 1)  # crop first: large images are slow
-    depth = ndimage.distance_transform_edt(part)[1:-1, 1:-1]
-    row, column = np.unravel_index(depth.argmax(), depth.shape)
-    return np.array([row + top, column + left])
 
 
 def surroundings(mask: np.ndarray) -> np.ndarray:
