@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -12,6 +13,7 @@ from transformers import AutoProcessor, BitsAndBytesConfig, PreTrainedModel, Sam
 from checkpoint_tools.loading import let_gradients_through_4bit
 from checkpoint_tools.staging import split_class
 
+from .segmentation_settings import SegmentationSettings
 from .settings import ModelSettings
 
 
@@ -23,24 +25,44 @@ class ModelError(ValueError):
 
 
 def load_base(
-    base: str, revision: str | None = None, quantization_config: BitsAndBytesConfig | None = None
+    base: str,
+    revision: str | None = None,
+    quantization_config: BitsAndBytesConfig | None = None,
+    image_size: int | None = None,
 ) -> tuple[PreTrainedModel, SamProcessor]:
     """Loads any SAM v1 checkpoint, stock or split, as a split model in fp32, and its processor.
 
+    With `image_size`, both are for images of that side, in pixels, instead of the checkpoint's own.
+
     Raises:
-        ModelError: If the checkpoint cannot be loaded, or its processor has another image size.
+        ModelError: If the checkpoint cannot be loaded for this side, or its processor has another one.
     """
-    options = {"quantization_config": quantization_config} if quantization_config else {}
+    options: dict[str, Any] = {"quantization_config": quantization_config} if quantization_config else {}
+    if image_size is not None:
+        options["image_size"] = image_size
     try:
         model = split_class().from_pretrained(base, revision=revision, dtype=torch.float32, **options)
         let_gradients_through_4bit(model)
-        processor = AutoProcessor.from_pretrained(base, revision=revision)
+        sizes = (
+            {} if image_size is None else processor_sizes(image_size, 4 * model.prompt_encoder.image_embedding_size[0])
+        )
+        processor = AutoProcessor.from_pretrained(base, revision=revision, **sizes)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{base}: not a SAM v1 checkpoint with a processor: {str(error).splitlines()[0]}") from error
     side, expected = processor.image_processor.size["longest_edge"], model.config.vision_config.image_size
     if side != expected:
         raise ModelError(f"{base}: the processor resizes to {side} pixels, but the model expects {expected}.")
     return model, processor
+
+
+def processor_sizes(image_size: int, mask_side: int) -> dict[str, dict[str, int]]:
+    """Returns the settings of a processor for images, and predicted masks, of these sides."""
+    return {
+        "size": {"longest_edge": image_size},
+        "pad_size": {"height": image_size, "width": image_size},
+        "mask_size": {"longest_edge": mask_side},
+        "mask_pad_size": {"height": mask_side, "width": mask_side},
+    }
 
 
 def four_bits(bf16: bool) -> BitsAndBytesConfig:
@@ -136,17 +158,20 @@ def load_trained(
 ) -> tuple[PreTrainedModel, SamProcessor]:
     """Loads a base and merges an adapter into it. Returns model and processor.
 
-    The default base is the one that the adapter names.
+    The default base is the one that the adapter names. The image side is that of the adapter's training.
 
     Raises:
         ModelError: If there is none, or the base is not one.
+        SegmentationSettingsError: If the settings beside the adapter are damaged.
     """
     try:
         config = PeftConfig.from_pretrained(adapter)
     except (OSError, ValueError) as error:
         raise ModelError(f"{adapter}: not an adapter: {str(error).splitlines()[0]}") from error
     base = base or config.base_model_name_or_path
-    model, processor = load_base(base, revision or config.revision)
+    model, processor = load_base(
+        base, revision or config.revision, image_size=SegmentationSettings.load(adapter).image_size
+    )
     try:
         return PeftModel.from_pretrained(model, adapter).merge_and_unload(), processor
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:

@@ -51,7 +51,7 @@ def finetune(settings: Settings) -> None:
 
     set_seed(training.seed)
     quantization = four_bits(training.bf16) if settings.model.load_in_4bit else None
-    model, processor = load_base(settings.model.base, settings.model.revision, quantization)
+    model, processor = load_base(settings.model.base, settings.model.revision, quantization, settings.model.image_size)
     mask_side = 4 * model.prompt_encoder.image_embedding_size[0]
     parts, about_data = read_data(settings.data, mask_side, training.seed)
     objects = {name: sum(len(s.ids) for s in getattr(parts, name)) for name in ("train", "validation")}

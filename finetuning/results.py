@@ -32,7 +32,7 @@ def write_results(settings: Settings, weights: Path, metrics: dict[str, Any], va
     print(f"Mean IoU on the validation objects: {before:.3f} before, {after:.3f} after.")
     print(f"{weights.name.capitalize()}: {weights}")
 
-    base, processor = load_base(settings.model.base, settings.model.revision)
+    base, processor = load_base(settings.model.base, settings.model.revision, image_size=settings.model.image_size)
     shown = np.unique(np.linspace(0, len(validation) - 1, NUM_PICTURES).astype(int)).tolist()
     masks = {"before": [predict(base, validation, index, multimask)[0] for index in shown]}
     model = trained(base, weights).eval()

@@ -84,6 +84,7 @@ class ModelSettings:
 
     base: str = HfArg(default=str(SAM_TINY), help="folder or Hub id of a SAM v1, stock or split")
     revision: str | None = HfArg(default=None, help="of the base, on the Hub")
+    image_size: int | None = HfArg(default=None, help="side to which images are scaled (the base's own)")
     method: Literal["lora", "full", "decoder"] = HfArg(
         default="lora",
         help="adapters, all weights of the vision encoder, or those of the mask decoder alone",
@@ -99,7 +100,7 @@ class ModelSettings:
     load_in_4bit: bool = HfArg(default=False, help="quantize the base")
 
     def __post_init__(self) -> None:
-        require_at_least(1, self, "rank")
+        require_at_least(1, self, "rank", "image_size")
         require_share(self, "dropout")
         if not self.alpha > 0:
             raise SettingsError(f"--alpha {self.alpha}: expected more than 0.")
