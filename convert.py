@@ -12,7 +12,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from transformers.utils import logging
 
-from checkpoint_tools.adapter_conversions import adapter_to_fused, adapter_to_split
+from checkpoint_tools.adapter_conversions import adapter_to_fused, adapter_to_split, from_micro_sam, from_samed
 from checkpoint_tools.conversions import (
     from_meta,
     to_meta,
@@ -62,6 +62,16 @@ def parse_args() -> argparse.Namespace:
     ):
         command = add(function, summary, source=adapter, destination=folder)
         command.add_argument("--base", help="the model it was trained on, split or stock, if the adapter names none")
+    file = (Path, "what SAMed's save_lora_parameters() wrote")
+    command = add(from_samed, "LoRA of SAMed or Sam_LoRA to LoRA of q, v", file=file, destination=folder)
+    command.add_argument("--base", required=True, help="the model that training began with, split or stock")
+    command.add_argument("--layers", nargs="+", type=int, metavar="N", help="the adapted blocks, if not all are")
+    command.add_argument("--base-output", type=Path, metavar="FOLDER", help="write a base with the file's decoder")
+    command.add_argument("--image-size", type=int, metavar="PIXELS", help="resize that base as SAMed does")
+    file = (Path, "a checkpoint of micro-sam, such as best.pt")
+    command = add(from_micro_sam, "LoRA or FacT of micro-sam to LoRA, and its base", file=file, destination=folder)
+    command.add_argument("--base", help="a model to use instead of the one in FILE")
+    command.add_argument("--decoder-heads", type=int, help="of the decoder, if not Meta's 8")
     return parser.parse_args()
 
 

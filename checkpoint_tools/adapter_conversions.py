@@ -1,16 +1,18 @@
 """Turns LoRA adapters into other layouts, and measures that they do what they did."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from peft import PeftModel
-from transformers import PreTrainedModel, SamConfig
+from transformers import PreTrainedModel, SamConfig, SamModel
 
-from . import adapters
+from . import adapters, meta_layout, micro_sam, samed, trainer_checkpoints
 from .comparison import example_outputs
-from .conversions import accepted, allowed_difference, effect_of, load_checked, note
-from .loading import model_type
+from .conversions import accepted, allowed_difference, compare_with_files, effect_of, load_checked, note
+from .loading import as_split, model_type, processor_for
 from .outputs import staged
+from .surgery import Surgery
 
 
 def adapter_to_fused(source: str, destination: Path, base: str | None = None, force: bool = False) -> float:
@@ -58,3 +60,99 @@ def convert_adapter(
             note(message)
         PeftModel.from_pretrained(adapter.part_of(target), folder).to(model.dtype)
         return accepted(example_outputs(target), expected, allowed_difference(effect))
+
+
+def from_samed(
+    file: Path,
+    destination: Path,
+    base: str,
+    layers: Sequence[int] | None = None,
+    base_output: Path | None = None,
+    image_size: int | None = None,
+    force: bool = False,
+) -> float:
+    """Writes a LoRA file of SAMed as an adapter of `q` and `v`, with the decoder where the file holds it.
+
+    Args:
+        file: What SAMed's `save_lora_parameters()` wrote.
+        destination: The folder to write.
+        base: The model that training began with, split or stock.
+        layers: The adapted blocks, if not all are.
+        base_output: A folder for another base with the decoder of the file, for any number of classes. The adapter is
+            then one of that model.
+        image_size: Side of the training images, if SAMed resized the base for them; needs `base_output`.
+        force: Whether earlier outputs are replaced.
+
+    Returns:
+        The relative error, like `to_sam`.
+    """
+    if image_size is not None and base_output is None:
+        raise ValueError("--image-size changes the base: give a folder for the new one with --base-output.")
+    with ExitStack() as stack:
+        folder = stack.enter_context(staged(destination, "adapter", force, sources=(file, base)))
+        checkpoint = read_checkpoint(file)
+        split, _ = load_checked(base)
+        surgery = samed.read(checkpoint.weights, split.config.vision_config.num_hidden_layers, layers)
+        if base_output is not None:
+            base_folder = stack.enter_context(staged(base_output, "split model", force, sources=(file, base)))
+            split = write_base(samed.base_of(split.to_sam(), surgery.weights, image_size), base_folder)
+            processor_for(split.config, image_mean=[0.0] * 3, image_std=[1.0] * 3).save_pretrained(base_folder)
+        base = base if base_output is None else str(base_output)
+        where = f"as in {base_output}" if base_output else "unless your base has them already"
+        note(f"SAMed trains on images of 0 to 1: use a processor with image_mean=0 and image_std=1, {where}.")
+        return write_adapter(surgery, split, base, folder)
+
+
+def from_micro_sam(
+    file: Path,
+    destination: Path,
+    base: str | None = None,
+    decoder_heads: int | None = None,
+    force: bool = False,
+) -> float:
+    """Writes a LoRA or FacT checkpoint of micro-sam as an adapter, and the model that it is for.
+
+    Args:
+        file: A checkpoint such as micro-sam's `best.pt`.
+        destination: The folder to write: the adapter to `adapter`, and the base in the file to `base`.
+        base: A model to use instead of the one in the file; weights of the decoder that differ go to the adapter.
+        decoder_heads: Attention heads of the decoder, if it is not Meta's.
+        force: Whether an earlier output is replaced.
+
+    Returns:
+        The relative error, like `to_sam`.
+    """
+    with staged(destination, "adapter and base", force, sources=(file, base)) as folder:
+        surgery = micro_sam.read(read_checkpoint(file).weights)
+        if base is None:
+            split = write_base(meta_layout.sam_from_meta(surgery.weights, decoder_heads), folder / "base")
+            processor_for(split.config).save_pretrained(folder / "base")
+        else:
+            split, _ = load_checked(base)
+        (folder / "adapter").mkdir()
+        return write_adapter(surgery, split, base or str(destination / "base"), folder / "adapter")
+
+
+def read_checkpoint(file: Path) -> trainer_checkpoints.TrainerCheckpoint:
+    """Returns what `file` holds, and prints what was stripped."""
+    checkpoint = trainer_checkpoints.read(file)
+    for message in checkpoint.notes:
+        note(message)
+    return checkpoint
+
+
+def write_base(model: SamModel, folder: Path) -> PreTrainedModel:
+    """Writes `model` as a split model and returns what is read back, in fp32."""
+    as_split(model).save_pretrained(folder)
+    compare_with_files(model, folder)
+    return load_checked(str(folder))[0]
+
+
+def write_adapter(surgery: Surgery, split: PreTrainedModel, base: str, folder: Path) -> float:
+    """Writes an adapter of `split`, and compares it with stock SAM to which the update was added by definition."""
+    surgery.adapter(split, base).save(folder)
+    plain, defined = split.to_sam(), surgery.applied(split)
+    expected, effect = effect_of(defined, defined, plain)
+    adapted = PeftModel.from_pretrained(split, folder)
+    adapted.to(defined.dtype)
+    return accepted(example_outputs(split), expected, allowed_difference(effect))

@@ -78,8 +78,8 @@ class Adapter:
     def save(self, folder: Path) -> None:
         """Writes it as PEFT does."""
         (folder / "adapter_config.json").write_text(json.dumps(self.config, indent=2, sort_keys=True) + "\n")
-        contiguous = {name: tensor.contiguous() for name, tensor in self.weights.items()}
-        save_file(contiguous, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        apart = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in self.weights.items()}
+        save_file(apart, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
     def require(self, projections: tuple[str, ...]) -> None:
         """Checks that the adapter targets exactly these projections of the vision encoder.

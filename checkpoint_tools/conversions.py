@@ -124,7 +124,8 @@ def from_meta(
         compare_with_files(model, folder)
         written = example_outputs(load(str(folder))[0].float())
         if meta_model.modeling():
-            return accepted(written, meta_model.example_outputs(checkpoint.weights, model.config))
+            meta = meta_model.build(model.config, checkpoint.weights)
+            return accepted(written, meta_model.example_outputs(meta, model.config))
         return accepted(written, example_outputs(model.float()))
 
 
@@ -193,8 +194,11 @@ def to_meta(source: str, file: Path, force: bool = False) -> float:
         names, expected = meta_layout.names(model.config), stock.state_dict()
         compare_tensors(weights, {meta: expected[name] for name, meta in names.items()}, file)
         back = meta_layout.sam_from_meta(weights, decoder_heads)
-        actual = meta_model.example_outputs(weights, back.config) if meta_model.modeling() else None
-        return accepted(actual or example_outputs(back.float()), example_outputs(stock))
+        if meta_model.modeling():
+            actual = meta_model.example_outputs(meta_model.build(back.config, weights), back.config)
+        else:
+            actual = example_outputs(back.float())
+        return accepted(actual, example_outputs(stock))
 
 
 def to_onnx(source: str, destination: Path, force: bool = False) -> float:

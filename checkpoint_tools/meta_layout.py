@@ -1,7 +1,7 @@
 """The layout of Meta's original `segment_anything` checkpoints (https://github.com/facebookresearch/segment-anything)."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from transformers import SamConfig, SamModel
@@ -20,6 +20,19 @@ FIXED_SETTINGS: dict[str, dict[str, object]] = {
     "vision_config": {"hidden_act": "gelu", "layer_norm_eps": 1e-6, "use_abs_pos": True, "use_rel_pos": True},
     "prompt_encoder_config": {"hidden_act": "gelu", "layer_norm_eps": 1e-6},
     "mask_decoder_config": {"hidden_act": "relu"},
+}
+
+# What the names of weights tell, for messages.
+KNOWN = {
+    r"w_[ab]_\d+$": "SAMed's LoRA: use from-samed",
+    r"\.attn\.qkv\.(qkv_proj|w_[ab]_linear_)": "micro-sam's LoRA: use from-micro-sam",
+    r"\.FacT[uv]|_FacTs": "FacT: use from-micro-sam",
+    r"\.mlp\.(mlp_proj|down_proj|up_proj|alpha)": "AdaptFormer, a network beside each MLP",
+    r"\.(scale|shift)$": "SSF, which scales and shifts the output of each layer",
+    r"\.(absmax|quant_map|nested_absmax|quant_state)": "4-bit weights of QLoRA: export them as LoRA in its own tool",
+    r"\.attn\.mlp\.": "an MLP LoRA that the version of micro-sam which wrote it does not use",
+    r"[aA]dapter": "adapter layers between SAM's own",
+    r"^fc_\d+in_": "a layer of Sam_LoRA, whose LoRA also has biases that no file holds",
 }
 
 # Renaming rules from transformers to Meta, applied in this order.
@@ -49,6 +62,12 @@ RENAMES: list[tuple[str, str | Callable[[re.Match], str]]] = [
     (r"(_head|mlps\.\d+)\.proj_in\.", r"\1.layers.0."),
     (r"(mlps\.\d+)\.proj_out\.", r"\1.layers.2."),
 ]
+
+
+def hint(names: Collection[str]) -> str:
+    """Returns what the names of unknown weights tell, as the end of a sentence."""
+    known = [text for pattern, text in KNOWN.items() if any(re.search(pattern, name) for name in names)]
+    return f" ({'; '.join(known)})" if known else ""
 
 
 def names(config: SamConfig) -> dict[str, str]:
@@ -93,6 +112,7 @@ def sam_from_meta(weights: dict[str, torch.Tensor], decoder_heads: int | None = 
         raise ValueError(
             "This is not a checkpoint of Meta's SAM. Weights "
             + "; ".join(f"{problem}: {listing(keys)}" for problem, keys in problems.items() if keys)
+            + hint(problems["unknown"])
         )
     state_dict = {name: weights[meta] for name, meta in by_name.items()}
     state_dict |= {copy: state_dict[name] for copy, name in TIED.items()}
@@ -129,7 +149,8 @@ def config_of(weights: dict[str, torch.Tensor], decoder_heads: int | None = None
 
     def shape(name: str) -> torch.Size:
         if name not in weights:
-            raise ValueError(f"This is not a checkpoint of Meta's SAM: expected {name}, got {listing(weights)}.")
+            found = f"got {listing(weights)}{hint(weights)}"
+            raise ValueError(f"This is not a checkpoint of Meta's SAM: expected {name}, {found}.")
         return weights[name].shape
 
     def count(pattern: str) -> int:

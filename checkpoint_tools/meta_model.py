@@ -38,8 +38,8 @@ def modeling() -> ModuleType | None:
     return sys.modules[MODULE_NAME]
 
 
-def build(config: SamConfig) -> Any:
-    """Returns Meta's `Sam`, a module, of the sizes in `config`, built as `build_sam` does, without weights.
+def build(config: SamConfig, weights: Mapping[str, torch.Tensor]) -> Any:
+    """Returns Meta's `Sam`, a module, of the sizes in `config`, built as `build_sam` does, with `weights` in fp32.
 
     Raises:
         ModuleNotFoundError: If `segment_anything` is not installed.
@@ -49,7 +49,7 @@ def build(config: SamConfig) -> Any:
         raise ModuleNotFoundError("Meta's model needs the package segment-anything-py.")
     vision, decoder = config.vision_config, config.mask_decoder_config
     grid = vision.image_size // vision.patch_size
-    return meta.Sam(
+    model = meta.Sam(
         meta.ImageEncoderViT(
             img_size=vision.image_size,
             patch_size=vision.patch_size,
@@ -84,14 +84,14 @@ def build(config: SamConfig) -> Any:
             iou_head_depth=decoder.iou_head_depth,
             iou_head_hidden_dim=decoder.iou_head_hidden_dim,
         ),
-    ).eval()
+    )
+    model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
+    return model.eval()
 
 
 @torch.no_grad()
-def example_outputs(weights: Mapping[str, torch.Tensor], config: SamConfig) -> dict[str, torch.Tensor]:
-    """Returns what Meta's model of the `weights`, in its layout, gives for `comparison.ExampleInputs`, in fp32."""
-    model = build(config)
-    model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
+def example_outputs(model: Any, config: SamConfig) -> dict[str, torch.Tensor]:
+    """Returns what Meta's `model`, of the sizes in `config`, gives for `comparison.ExampleInputs`, in fp32."""
     inputs = ExampleInputs.of(config.vision_config)
     embeddings = model.image_encoder(inputs.image)
 

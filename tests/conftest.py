@@ -28,7 +28,7 @@ from packaging.version import Version  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from torch import nn  # noqa: E402
 from transformers import AutoModel, PreTrainedModel, SamConfig, SamModel, SamProcessor  # noqa: E402
-from transformers.utils.logging import disable_progress_bar  # noqa: E402
+from transformers.utils.logging import disable_progress_bar, get_verbosity, set_verbosity  # noqa: E402
 
 from checkpoint_tools.comparison import relative_error  # noqa: E402
 from checkpoint_tools.loading import processor_for  # noqa: E402
@@ -37,6 +37,7 @@ from checkpoint_tools.staging import ROOT, split_class  # noqa: E402
 
 disable_progress_bar()
 
+CommandLine = Callable[[str], str]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CODE_FILES = {path.name for path in ROOT.glob("*_sam_split.py")}
 MODEL_REPO_FILES = {*CODE_FILES, "README.md", "LICENSE", "config.json", "processor_config.json", "model.safetensors"}
@@ -174,6 +175,40 @@ def split_dir(stock_dir: Path, processor: SamProcessor, tmp_path_factory: pytest
 def load(split_dir: Path) -> Callable[..., PreTrainedModel]:
     """Loads the model repo as users do."""
     return lambda path=split_dir, **kwargs: AutoModel.from_pretrained(path, trust_remote_code=True, **kwargs)
+
+
+@pytest.fixture
+def convert(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> Iterator[CommandLine]:
+    """Runs `convert.py` in an empty folder and returns what it prints."""
+    import convert as command
+
+    monkeypatch.chdir(tmp_path)
+    verbosity = get_verbosity()
+
+    def run(arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["convert.py", *arguments.split()])
+        capsys.readouterr()
+        command.main()
+        return capsys.readouterr().out
+
+    yield run
+    set_verbosity(verbosity)
+
+
+@pytest.fixture
+def refused(convert: CommandLine) -> CommandLine:
+    """Runs `convert.py`, which must fail, and returns its one line."""
+
+    def run(arguments: str) -> str:
+        with pytest.raises(SystemExit) as error:
+            convert(arguments)
+        message = str(error.value)
+        assert "\n" not in message
+        return message
+
+    return run
 
 
 @pytest.fixture

@@ -7,16 +7,13 @@ import re
 import subprocess
 import sys
 import types
-from collections.abc import Callable
 
 import pytest
 import torch
 from conftest import assert_holds_weights_of, assert_same_outputs, randomize, stock_model
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModel, AutoProcessor, PreTrainedModel, SamConfig, SamModel
-from transformers.utils import logging
 
-import convert
 from checkpoint_tools import conversions, meta_layout
 from checkpoint_tools.staging import ROOT, SAM_TINY, split_class
 
@@ -273,30 +270,16 @@ def test_a_wrong_result_is_not_kept(split_dir, stock, tmp_path, monkeypatch):
 meta_from_sam = meta_layout.meta_from_sam
 
 
-@pytest.fixture
-def main(monkeypatch, tmp_path) -> Callable[[str], None]:
-    """Runs the command line in an empty folder; what it tells transformers about logging ends with the test."""
-    monkeypatch.chdir(tmp_path)
-    verbosity = logging.get_verbosity()
-
-    def run(command: str) -> None:
-        monkeypatch.setattr(sys, "argv", ["convert.py", *command.split()])
-        convert.main()
-
-    yield run
-    logging.set_verbosity(verbosity)
-
-
-def test_command_line(main, tmp_path, capsys):
+def test_command_line(convert):
     """On the embedded checkpoint, there and back."""
     for command in (
         f"to-split {SAM_TINY} model",
         "to-meta model sam.pth",
         "from-meta sam.pth stock --stock --decoder-heads 4",
     ):
-        main(command)
+        output = convert(command)
         written = command.split()[2]
-        assert re.search(rf"Wrote {written}\. Masks and scores .* differ by \d\.\de[-+]\d\d", capsys.readouterr().out)
+        assert re.search(rf"Wrote {written}\. Masks and scores .* differ by \d\.\de[-+]\d\d", output)
     back = SamModel.from_pretrained("stock").state_dict()
     for name, tensor in SamModel.from_pretrained(SAM_TINY).state_dict().items():
         assert torch.equal(back[name], tensor)
@@ -326,9 +309,6 @@ def test_runs_from_anywhere_and_fails_in_one_line(tmp_path):
         ("to-meta {stock_dir} {split_dir}/config.json", "exists: choose another"),
     ],
 )
-def test_errors_are_one_line(command, message, main, stock_dir, split_dir, tmp_path):
-    with pytest.raises(SystemExit) as error:
-        main(command.format(**locals()))
-    assert message in str(error.value)
-    assert "\n" not in str(error.value)
+def test_errors_are_one_line(command, message, refused, stock_dir, split_dir, tmp_path):
+    assert message in refused(command.format(**locals()))
     assert not list(tmp_path.iterdir())
