@@ -4,7 +4,7 @@ https://github.com/computational-cell-analytics/micro-sam/blob/master/micro_sam/
 
 A LoRA of q, k or v is `attn.qkv.w_a_linear_q.weight` (r, C) and `attn.qkv.w_b_linear_q.weight` (C, r), beside the
 frozen `attn.qkv.qkv_proj`; one of the MLP is `mlp.w_a_linear_1.weight` and so on, beside the frozen `mlp.mlp_layer`.
-FacT shares `FacTu` (r, C) and `FacTv` (C, r) between q and v, with a matrix `q_FacTs` or `v_FacTs` (r, r) between them.
+FacT shares `FacTu` (r, C) and `FacTv` (C, r) between q and v, with `q_FacTs` or `v_FacTs` (r, r) between them.
 """
 
 import re
