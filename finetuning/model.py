@@ -153,12 +153,12 @@ def trained(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     return split_class().from_pretrained(folder)
 
 
-def load_trained(
-    adapter: str, base: str | None = None, revision: str | None = None
-) -> tuple[PreTrainedModel, SamProcessor]:
-    """Loads a base and merges an adapter into it. Returns model and processor.
+def load_adapted(
+    adapter: str, base: str | None = None, revision: str | None = None, image_size: int | None = None
+) -> tuple[PeftModel, SamProcessor]:
+    """Loads a base and an adapter onto it. Returns model and processor.
 
-    The default base is the one that the adapter names. The image side is that of the adapter's training.
+    The default base is the one that the adapter names, and the default image side that of the adapter's training.
 
     Raises:
         ModelError: If there is none, or the base is not one.
@@ -169,10 +169,9 @@ def load_trained(
     except (OSError, ValueError) as error:
         raise ModelError(f"{adapter}: not an adapter: {str(error).splitlines()[0]}") from error
     base = base or config.base_model_name_or_path
-    model, processor = load_base(
-        base, revision or config.revision, image_size=SegmentationSettings.load(adapter).image_size
-    )
+    image_size = image_size or SegmentationSettings.load(adapter).image_size
+    model, processor = load_base(base, revision or config.revision, image_size=image_size)
     try:
-        return PeftModel.from_pretrained(model, adapter).merge_and_unload(), processor
+        return PeftModel.from_pretrained(model, adapter), processor
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{adapter}: does not fit {base}, or is damaged: {str(error).splitlines()[0]}") from error

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, SamProcessor, pipeline
 from checkpoint_tools.masks import best_rated
 from checkpoint_tools.staging import SAM_TINY
 
-from .model import load_base, load_trained
+from .model import load_adapted, load_base
 from .pictures import overlay
 
 
@@ -39,7 +39,8 @@ def load(base: str | None, revision: str | None, adapter: str | None) -> tuple[P
         ModelError: If there is none.
     """
     if adapter:
-        model, processor = load_trained(adapter, base, revision)
+        adapted, processor = load_adapted(adapter, base, revision)
+        model = adapted.merge_and_unload()
     else:
         model, processor = load_base(base or str(SAM_TINY), revision)
     return model.eval().to(DEVICE), processor

@@ -2,10 +2,13 @@
 
 import re
 
+import numpy as np
 import pytest
 
+from checkpoint_tools.loading import processor_for
+from checkpoint_tools.staging import SAM_TINY
 from finetune import parse_args
-from finetuning.model import ModelError, make_trainable
+from finetuning.model import ModelError, load_base, make_trainable
 
 
 VISION_LORA = r"vision_encoder\.layers\.\d\.attn\.[qv]\.lora_[AB]\.default\.weight"
@@ -68,3 +71,14 @@ def test_impossible_adapters_are_refused(load):
     for arguments, problem in ((["--last-layers", "4"], "has 3 layers"), (["--target", "qkv"], "--target qkv")):
         with pytest.raises(ModelError, match=problem):
             make_trainable(load(), parse_args(arguments).model)
+
+
+def test_another_image_side_is_that_of_the_processor_too():
+    model, processor = load_base(str(SAM_TINY), image_size=192)
+    own, expected = processor.image_processor.to_dict(), processor_for(model.config).image_processor.to_dict()
+    assert own == {**expected, "image_mean": own["image_mean"], "image_std": own["image_std"]}
+    inputs = processor(np.zeros((30, 60, 3), np.uint8), input_points=[[[60, 30]]], return_tensors="pt")
+    assert inputs["pixel_values"].shape == (1, 3, 192, 192)
+    assert inputs["input_points"].flatten().tolist() == [192, 96]
+    with pytest.raises(ModelError, match="image_size"):
+        load_base(str(SAM_TINY), image_size=100)
