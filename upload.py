@@ -5,23 +5,24 @@ python upload.py --base facebook/sam-vit-base --repo-id USER/NAME     # and push
 """
 
 import argparse
-import errno
-import os
-import pickle
-import sys
+import re
 from pathlib import Path
 
-from huggingface_hub.errors import HTTPError
-from safetensors import SafetensorError
 from transformers.utils import logging
 
-from checkpoint_tools.staging import one_line
-from checkpoint_tools.uploading import Destination, upload
+from checkpoint_tools.base_cards import is_hub_id
+from checkpoint_tools.errors import one_line_errors
+from checkpoint_tools.licences import OTHER, UNKNOWN, Licence
+from checkpoint_tools.pushing import Destination
+from checkpoint_tools.uploading import upload
+
+
+INTERRUPTED = "Interrupted. Run the command again to continue: files already sent are skipped."
 
 
 def main() -> None:
     args = parse_args()
-    try:
+    with one_line_errors(ValueError, RuntimeError, interrupted=INTERRUPTED):
         destination = args.repo_id and Destination(
             args.repo_id,
             commit_message=args.commit_message or f"Split {Path(args.base).resolve().name}",
@@ -38,14 +39,9 @@ def main() -> None:
             max_shard_size=args.max_shard_size,
             token_file=args.token_file,
             dry_run=args.dry_run,
+            licence=Licence(args.license, args.license_name, args.license_link),
+            base_model=args.base_model,
         )
-    except KeyboardInterrupt:
-        sys.exit("Interrupted. Run the command again to continue: files already sent are skipped.")
-    except (OSError, ValueError, RuntimeError, HTTPError, SafetensorError, pickle.UnpicklingError) as error:
-        message = one_line(error)
-        if os.strerror(errno.ENOSPC) in message:  # of whatever type: safetensors has its own
-            message = "No space left on the disk: choose another with --output, TMPDIR or HF_HOME, and run again."
-        sys.exit(message)
 
 
 def parse_args() -> argparse.Namespace:
@@ -56,7 +52,17 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--base-revision", help="its branch, tag or commit")
     parser.add_argument("--output", type=Path, help="folder to keep what is staged in")
     parser.add_argument("--force", action="store_true", help="replace an earlier output in OUTPUT")
-    parser.add_argument("--max-shard-size", default="5GB", help="size of weight files (%(default)s)")
+    parser.add_argument("--max-shard-size", default="5GB", help="size of weight files, such as 500MB (%(default)s)")
+    facts = parser.add_argument_group("facts for the model card, which the base's own card does not name")
+    facts.add_argument("--license", help="the Hub's name of the licence of the weights, such as apache-2.0, or other")
+    facts.add_argument("--license-name", help="its name, for --license other")
+    facts.add_argument("--license-link", help="URL of its text, or the name of a file beside the base")
+    facts.add_argument(
+        "--base-model",
+        nargs="+",
+        metavar="USER/NAME",
+        help="the models on the Hub that a base in a folder was made from",
+    )
     parser.add_argument("--repo-id", help="USER/NAME on the Hub to push to")
     parser.add_argument("--private", action="store_true", help="create the repo as a private one")
     target = parser.add_mutually_exclusive_group()
@@ -68,8 +74,16 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if not args.output and not args.repo_id:
         parser.error("give --output to stage a model repo, --repo-id to push one, or both")
-    if args.repo_id and args.repo_id.count("/") != 1:
-        parser.error(f"--repo-id {args.repo_id}: expected USER/NAME")
+    for option, names in (("--repo-id", [args.repo_id] if args.repo_id else []), ("--base-model", args.base_model)):
+        for name in names or []:
+            if not is_hub_id(name):
+                parser.error(f"{option} {name}: expected USER/NAME")
+    if not re.fullmatch(r"\d+(\.\d+)?[KMGT]I?B", args.max_shard_size, re.IGNORECASE):
+        parser.error(f"--max-shard-size {args.max_shard_size}: expected a number and its unit, such as 500MB or 5GB")
+    if args.license == UNKNOWN:
+        parser.error("--license unknown: expected the licence that the authors of the weights have given them")
+    if args.license == OTHER and not (args.license_name and args.license_link):
+        parser.error("--license other: the Hub wants --license-name and --license-link with it")
     if args.dry_run and not args.repo_id:
         parser.error("--dry-run needs the --repo-id that would be pushed to; --output alone pushes nothing")
     return args

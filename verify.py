@@ -5,32 +5,17 @@ python verify.py USER/NAME --base facebook/sam-vit-base [--revision COMMIT]
 
 import argparse
 import json
-import pickle
-import sys
 
-from huggingface_hub.errors import HTTPError
-from safetensors import SafetensorError
-
+from checkpoint_tools.errors import one_line_errors
 from checkpoint_tools.sources import fetch
-from checkpoint_tools.staging import one_line
 from checkpoint_tools.verification import verify
 
 
 def main() -> None:
     args = parse_args()
-    try:
+    with one_line_errors(ValueError, RuntimeError, ImportError, prefix="Verification failed: "):
         base = fetch(args.base, args.base_revision)
         print(json.dumps(verify(args.repo, base, args.revision), indent=2))
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        ImportError,
-        HTTPError,
-        SafetensorError,
-        pickle.UnpicklingError,
-    ) as error:
-        sys.exit(f"Verification failed: {one_line(error)}")
 
 
 def parse_args() -> argparse.Namespace:

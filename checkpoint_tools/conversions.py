@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import AutoProcessor, PreTrainedModel, SamConfig, SamModel
+from transformers import PreTrainedModel, SamConfig, SamModel
 
 from . import meta_layout, meta_model, onnx_export, trainer_checkpoints
 from .comparison import Outputs, OutputsDifferError, compare, example_outputs, largest_relative_error
 from .loading import as_split, load, model_type, processor_for
 from .outputs import mark_archive, staged, staged_file
+from .plain_settings import keep_known_settings, read_processor
 from .sources import fetch
 from .staging import split_class
 from .trainer_checkpoints import check_finite, listing, name_of
@@ -63,6 +64,7 @@ def to_sam(
         computed = sam.dtype
         check_finite(sam.to(target).state_dict(), f"In {name_of(target)}, the model", "give --dtype float32")
         sam.save_pretrained(folder)
+        keep_known_settings(folder)
         copy_processor(source, folder)
         compare_with_files(sam, folder)
         written = example_outputs(SamModel.from_pretrained(folder, dtype=computed))
@@ -81,6 +83,7 @@ def to_split(source: str, destination: Path, force: bool = False) -> float:
         if model_type(source) != SamConfig.model_type:
             raise ValueError(f"{source}: expected a stock SAM (model_type 'sam'), got {model_type(source)!r}.")
         split_class().from_pretrained(source).save_pretrained(folder)
+        keep_known_settings(folder)
         copy_processor(source, folder)
         compare_weights(folder, fetch(source))
         return accepted(example_outputs(load(str(folder))[0].float()), example_outputs(stock_model(fetch(source))))
@@ -306,9 +309,9 @@ def accepted(actual: Outputs, expected: Outputs, tolerance: float = TOLERANCE) -
 def copy_processor(source: str, folder: Path) -> None:
     """Copies the processor of `source`, or notes that it has none."""
     try:
-        AutoProcessor.from_pretrained(source).save_pretrained(folder)
-    except (OSError, ValueError):
-        note(f"{source} has no processor: add preprocessor_config.json to use the result with AutoProcessor.")
+        read_processor(source).save_pretrained(folder)
+    except ValueError as error:
+        note(f"{error} The result has none: add preprocessor_config.json to use it with AutoProcessor.")
 
 
 def note(message: str) -> None:

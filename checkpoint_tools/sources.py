@@ -3,18 +3,68 @@
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    HTTPError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
+
+from .staging import one_line
+
+
+LICENCE_FILES = tuple(f"{name}*" for name in ("LICEN[CS]E", "Licen[cs]e", "licen[cs]e", "COPYING", "NOTICE"))
 
 
 def fetch(checkpoint: str, revision: str | None = None, token: str | None = None) -> Path:
     """Returns `checkpoint` if it is a folder; otherwise downloads the Hub repo and returns its folder.
 
-    Weights (preferably safetensors), JSON, code and card are downloaded.
+    Weights (preferably safetensors), JSON, code, card and licence are downloaded.
+
+    Raises:
+        ValueError: If there is none under this name, or it cannot be downloaded.
     """
     if Path(checkpoint).is_dir():
         return Path(checkpoint).resolve()
+    require_name(checkpoint)
 
     def download(*patterns: str) -> Path:
         return Path(snapshot_download(checkpoint, revision=revision, token=token, allow_patterns=list(patterns)))
 
-    folder = download("*.json", "model*.safetensors", "*.py", "README.md")
-    return folder if any(folder.glob("model*.safetensors")) else download("pytorch_model*.bin")
+    try:
+        folder = download("*.json", "model*.safetensors", "*.py", "README.md", *LICENCE_FILES)
+        return folder if any(folder.glob("model*.safetensors")) else download("pytorch_model*.bin")
+    except GatedRepoError as error:
+        raise ValueError(
+            f"{checkpoint} is gated: accept its terms on its page on the Hub, and give your token."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise ValueError(f"{checkpoint} has no revision {revision}: choose another.") from error
+    except RepositoryNotFoundError as error:
+        raise ValueError(
+            f"{checkpoint} is not a folder, and the Hub has no such model, or a private one for which a token is "
+            "needed: check the name, or try checkpoints/sam-tiny."
+        ) from error
+    except (OSError, HTTPError) as error:
+        raise ValueError(
+            f"{checkpoint} is not a folder, and could not be downloaded from the Hub: try checkpoints/sam-tiny, which "
+            f"is here. ({one_line(error.__cause__ or error)})"
+        ) from error
+
+
+def require_name(checkpoint: str) -> None:
+    """Checks that `checkpoint` is a folder, or may be the name of a model on the Hub.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    if Path(checkpoint).is_dir():
+        return
+    if Path(checkpoint).exists():
+        raise ValueError(f"{checkpoint} is a file: expected a folder, or the Hub id of a model.")
+    try:
+        validate_repo_id(checkpoint)
+    except HFValidationError as error:
+        raise ValueError(f"{checkpoint}: there is no such folder, and it is no Hub id, which is USER/NAME.") from error

@@ -1,6 +1,5 @@
 """Stages a model repo with split weights and code, verifies it, and pushes it to the Hub."""
 
-import fnmatch
 import json
 import os
 import re
@@ -8,112 +7,96 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    HTTPError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from transformers import SamProcessor
+from huggingface_hub import HfApi, get_token
 
+from .bases import Base, read_base
 from .cards import card_facts, model_card
-from .outputs import MARKER, staged
-from .sources import fetch
-from .staging import ROOT, one_line, split_class
+from .licences import CODE_LICENCE, Licence
+from .outputs import staged
+from .plain_settings import keep_known_settings, read_json, read_processor
+from .pushing import FILES, Destination, check_destination, is_ours, push, staged_files
+from .staging import ROOT, split_class
 from .verification import check_card
 
 
-# All files of a model repo. A push replaces or deletes files of an earlier push that match.
-FILES = (
-    "README.md",
-    "LICENSE",
-    "config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "model-*-of-*.safetensors",
-    "*_sam_split.py",
-)
-
-
-@dataclass(frozen=True)
-class Destination:
-    """Destination of a push.
-
-    Args:
-        repo_id: USER/NAME.
-        commit_message: Message of the commit.
-        private: Creates the repo as private.
-        revision: Branch, created if missing; None for main.
-        create_pr: Whether to open a pull request instead.
-    """
-
-    repo_id: str
-    commit_message: str
-    private: bool = False
-    revision: str | None = None
-    create_pr: bool = False
-
-
 def upload(
-    base: str,
-    base_revision: str | None = None,
+    name: str,
+    revision: str | None = None,
     output: Path | None = None,
     destination: Destination | None = None,
     force: bool = False,
     max_shard_size: str = "5GB",
     token_file: Path | None = None,
     dry_run: bool = False,
+    licence: Licence | None = None,
+    base_model: list[str] | None = None,
 ) -> None:
-    """Stages a model repo made from `base`, verifies it, and pushes it.
+    """Stages a model repo made from a base, verifies it, and pushes it.
 
     Args:
-        base: A folder or Hub id of a SAM v1, stock or split.
-        base_revision: Its branch, tag or commit.
+        name: A folder or Hub id of a SAM v1, stock or split: the base.
+        revision: Its branch, tag or commit.
         output: The folder to keep what is staged in; None for a temporary one.
         destination: Where to push to; None to stage only.
-        force: Replaces `output` if it is not empty.
+        force: Replaces an earlier output in `output`.
         max_shard_size: The largest size of a weight file.
         token_file: A file with a token; None for the token that the machine is logged in with.
         dry_run: Shows what would be pushed, and pushes nothing.
+        licence: The licence of the weights, as far as the card of the base does not state it.
+        base_model: Hub ids of the models that a base in a folder was made from.
 
     Raises:
         ValueError: If something is wrong with the base, the result or the destination, or the Hub refuses.
+        FileExistsError: If `output` may not be written.
     """
     token = read_token(token_file)
     api = HfApi(token=token)
     pushes = destination is not None and not dry_run
     head = check_destination(api, destination) if destination and pushes else None
+    base = read_base(name, revision, token, licence, base_model)
+    if pushes and base.licence.problem:
+        raise ValueError(f"{name}: {base.licence.problem}.")
 
-    base_folder = fetch_base(base, base_revision, token)
     with tempfile.TemporaryDirectory(prefix="sam-split-") as temporary:
         output = output or Path(temporary, "model")
-        with staged(output, "model repo", force, sources=(base_folder,)) as folder:
-            stage(base_folder, folder, max_shard_size)
+        with staged(output, "model repo", force, sources=(base.folder,)) as folder:
+            stage(base.folder, folder, max_shard_size, base.licence.files)
             print("Verifying in a new process ...", flush=True)
-            figures = run_verify(str(folder), base_folder)
+            figures = run_verify(str(folder), base.folder)
             repo_id = destination.repo_id if destination else f"<user>/{output.resolve().name}"
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            facts = card_facts(repo_id, base, base_folder, figures, code_version=config["sam_split_version"])
-            (folder / "README.md").write_text(model_card(facts), encoding="utf-8")
-            check_staged(folder)
-        print(
-            f"All {figures['num_parameters']:,} parameters equal the base's. Largest relative difference from stock "
-            f"SamModel's outputs: {figures['max_difference']:.1g}."
-        )
+            version = read_json(folder / "config.json")["sam_split_version"]
+            (folder / "README.md").write_text(
+                model_card(card_facts(repo_id, base, figures, version)), encoding="utf-8"
+            )
+            check_staged(folder, base.licence.files)
+        print(staged_message(figures, base))
         print(f"Would push to {repo_id}:" if dry_run else "Staged:")
-        for path in staged_files(output):
-            print(f"{path.stat().st_size:>14,}  {path.name}")
+        for file, path in staged_files(output).items():
+            print(f"{path.stat().st_size:>14,}  {file}")
         if destination and pushes:
-            push(api, destination, output, head, base_folder, token)
+            push(
+                api,
+                destination,
+                output,
+                head,
+                lambda commit, cache: run_verify(destination.repo_id, base.folder, commit, cache),
+            )
+
+
+def staged_message(figures: dict[str, Any], base: Base) -> str:
+    """Returns what was measured, and what could not be found out."""
+    difference = figures["max_difference"]
+    outputs = f"differ by at most {difference:.1g}, relative to the largest" if difference else "are equal"
+    lines = [
+        f"All {figures['num_parameters']:,} parameters equal the base's. Its outputs and stock SamModel's {outputs}.",
+        *(f"Note: the base's card was not read whole: {problem}." for problem in base.card.problems),
+    ]
+    if base.licence.problem:
+        lines.append(f"Note: it is not ready for a push: {base.licence.problem}.")
+    return "\n".join(lines)
 
 
 def read_token(path: Path | None) -> str | None:
@@ -124,48 +107,8 @@ def read_token(path: Path | None) -> str | None:
     return token
 
 
-def fetch_base(base: str, revision: str | None, token: str | None) -> Path:
-    """Returns the folder of a SAM v1 checkpoint.
-
-    Raises:
-        ValueError: If there is none under this name.
-    """
-    try:
-        folder = fetch(base, revision, token)
-    except GatedRepoError as error:
-        raise ValueError(f"{base} is gated: accept its terms on its page on the Hub, and give your token.") from error
-    except RevisionNotFoundError as error:
-        raise ValueError(f"{base} has no revision {revision}: choose another --base-revision.") from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise ValueError(
-            f"{base} is not a folder, and the Hub has no such model, or a private one for which a token is needed: "
-            "check --base, or try --base checkpoints/sam-tiny."
-        ) from error
-    except (OSError, HTTPError) as error:
-        raise ValueError(
-            f"{base} is not a folder, and could not be downloaded from the Hub: try --base "
-            f"checkpoints/sam-tiny, which is here. ({one_line(error.__cause__ or error)})"
-        ) from error
-    if not (folder / "config.json").is_file():
-        raise ValueError(
-            f"{base} has no config.json: expected a SAM v1 checkpoint written by save_pretrained. An adapter "
-            "must be merged first: merge_and_unload(), then save_pretrained()."
-        )
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"The config.json of {base} is not JSON: {error}") from error
-    if config.get("model_type") not in ("sam", "sam_split"):
-        raise ValueError(
-            f"{base}: expected SAM v1 (model_type 'sam' or 'sam_split'), got '{config.get('model_type')}'."
-        )
-    if "quantization_config" in config or (folder / "adapter_config.json").is_file():
-        raise ValueError(f"{base} is quantized or holds an adapter: save the whole, merged model in full precision.")
-    return folder
-
-
-def stage(base: Path, folder: Path, max_shard_size: str) -> None:
-    """Writes split weights, configuration, processor, code and licence into `folder`.
+def stage(base: Path, folder: Path, max_shard_size: str, licence_files: tuple[str, ...] = ()) -> None:
+    """Writes split weights, configuration, processor, code and licences into `folder`.
 
     Raises:
         ValueError: If `base` is not a whole SAM.
@@ -177,15 +120,14 @@ def stage(base: Path, folder: Path, max_shard_size: str) -> None:
     if problems := [f"{problem}: {', '.join(map(str, keys))}" for problem, keys in loading_info.items() if keys]:
         raise ValueError(f"{base.name} is not a complete SAM v1 checkpoint: {'; '.join(problems)}.")
     model.save_pretrained(folder, max_shard_size=max_shard_size)
-    try:
-        processor = SamProcessor.from_pretrained(base)
-    except OSError as error:
-        raise ValueError(f"{base.name} has no processor: save it there with processor.save_pretrained().") from error
-    processor.save_pretrained(folder)
-    shutil.copy(ROOT / "LICENSE", folder)
+    keep_known_settings(folder)
+    read_processor(base).save_pretrained(folder)
+    for file in licence_files:
+        shutil.copyfile(base / file, folder / file)
+    shutil.copyfile(ROOT / "LICENSE", folder / CODE_LICENCE)
 
 
-def check_staged(folder: Path) -> None:
+def check_staged(folder: Path, licence_files: tuple[str, ...] = ()) -> None:
     """Checks the files themselves, before others get them.
 
     Raises:
@@ -193,31 +135,27 @@ def check_staged(folder: Path) -> None:
     """
     check_card(folder)
     for path in sorted(folder.iterdir()):
-        if not is_ours(path.name):
+        if not is_ours(path.name) and path.name not in licence_files:
             raise ValueError(f"Unexpected file {path.name} in the staged folder. Allowed: {', '.join(FILES)}.")
         if path.suffix == ".py" and path.read_bytes() != (ROOT / path.name).read_bytes():
             raise ValueError(f"The staged {path.name} differs from this checkout's.")
 
 
-def staged_files(folder: Path) -> list[Path]:
-    """Returns the files of the model repo in `folder`, without the marker of outputs."""
-    return sorted(path for path in folder.iterdir() if path.name != MARKER)
+def run_verify(repo: str, base: Path, revision: str | None = None, cache: Path | None = None) -> dict[str, Any]:
+    """Runs `verify.py` in a new process without the network, and returns what it measured.
 
-
-def is_ours(name: str) -> bool:
-    """Whether a model repo of ours may hold a file of this name."""
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in FILES)
-
-
-def run_verify(repo: str, base: Path, revision: str | None = None, token: str | None = None) -> dict[str, Any]:
-    """Runs `verify.py` with empty caches, without the network if `repo` is a folder, and returns what it measured.
+    Args:
+        repo: A folder, or the Hub id of a model in `cache`.
+        base: The folder of its base.
+        revision: A commit in `cache`.
+        cache: A cache of the Hub; None for an empty one.
 
     Raises:
         ValueError: If a check fails.
     """
     with tempfile.TemporaryDirectory(prefix="sam-split-verify-") as home:
-        caches = {"HF_HOME": home, "HF_HUB_CACHE": f"{home}/hub", "HF_MODULES_CACHE": f"{home}/modules"}
-        network = {"HF_HUB_OFFLINE": "0" if revision else "1", "HF_TOKEN": token or ""}
+        caches = {"HF_HOME": home, "HF_HUB_CACHE": str(cache or home), "HF_MODULES_CACHE": f"{home}/modules"}
+        network = {"HF_HUB_OFFLINE": "1", "HF_TOKEN": ""}
         command = [sys.executable, str(ROOT / "verify.py"), repo, "--base", str(base)]
         process = subprocess.run(
             command + (["--revision", revision] if revision else []),
@@ -231,96 +169,3 @@ def run_verify(repo: str, base: Path, revision: str | None = None, token: str | 
         reason, *_ = process.stderr.strip().splitlines()[-1:] or [f"it ended with {process.returncode}."]
         raise ValueError(f"Verification failed: {reason.removeprefix('Verification failed: ')}")
     return json.loads(process.stdout)
-
-
-def check_destination(api: HfApi, destination: Destination) -> str | None:
-    """Returns the parent commit of a push, None if the repo or branch does not exist yet.
-
-    Raises:
-        ValueError: If it is clear already that nothing can be pushed.
-    """
-    if api.token is None:
-        raise ValueError(
-            "A push needs a token that may write: run `hf auth login`, set HF_TOKEN, or give --token-file."
-        )
-    try:
-        api.whoami()
-        info = api.model_info(destination.repo_id)
-        if destination.private and not info.private:
-            raise ValueError(
-                f"{destination.repo_id} exists and is public: make it private in its settings, or choose another."
-            )
-        return api.model_info(destination.repo_id, revision=destination.revision).sha
-    except (RevisionNotFoundError, RepositoryNotFoundError):
-        return None
-    except HTTPError as error:
-        raise ValueError(explain(error, destination.repo_id)) from error
-
-
-def push(api: HfApi, destination: Destination, folder: Path, head: str | None, base: Path, token: str | None) -> None:
-    """Pushes `folder` in one commit on top of `head`, loads it back and says how others do.
-
-    Raises:
-        ValueError: If the Hub refuses, or gives back something else.
-    """
-    try:
-        commit = commit_files(api, destination, folder, head)
-    except (HTTPError, RuntimeError) as error:  # the latter from hf_xet
-        raise ValueError(explain(error, destination.repo_id)) from error
-    if commit.oid == head:
-        print(f"No changes: {destination.repo_id} is up to date, no commit was made.")
-    print("Loading it back from the Hub, with empty caches ...", flush=True)
-    try:
-        run_verify(destination.repo_id, base, commit.oid, token)
-    except ValueError as error:
-        raise ValueError(
-            f"Commit {commit.oid} was pushed to {destination.repo_id}, but verification failed: {error}"
-        ) from error
-    print(
-        f"{commit.pr_url or commit.repo_url}\nCommit {commit.oid}, which others load with\n\n"
-        f'    AutoModel.from_pretrained("{destination.repo_id}", revision="{commit.oid}", trust_remote_code=True)\n'
-    )
-
-
-def commit_files(api: HfApi, destination: Destination, folder: Path, head: str | None) -> CommitInfo:
-    """Makes the repo and the branch where there is none, and commits all of `folder` at once."""
-    if head is None:
-        if not api.repo_exists(destination.repo_id):
-            api.create_repo(destination.repo_id, private=destination.private or None)
-        if destination.revision:
-            api.create_branch(destination.repo_id, branch=destination.revision)
-        head = api.model_info(destination.repo_id, revision=destination.revision).sha
-    files = {path.name: path for path in staged_files(folder)}
-    there = api.list_repo_files(destination.repo_id, revision=head)
-    if "adapter_config.json" in there:
-        raise ValueError(
-            f"{destination.repo_id} contains an adapter, which transformers would load on top: choose another repo."
-        )
-    return api.create_commit(
-        destination.repo_id,
-        [CommitOperationAdd(name, path) for name, path in files.items()]
-        + [CommitOperationDelete(name) for name in there if is_ours(name) and name not in files],
-        commit_message=destination.commit_message,
-        revision=destination.revision,
-        create_pr=destination.create_pr,
-        parent_commit=head,
-    )
-
-
-def explain(error: Exception, repo_id: str) -> str:
-    """Returns what an error of the Hub means for a push, and what to do."""
-    reasons = {
-        401: "The Hub rejected the token: create a new one in your Hub settings, and run `hf auth login`.",
-        403: f"The token may not write to {repo_id}: choose a repo of yours, a token that may, or --create-pr.",
-        404: f"{repo_id} is not there, or not for this token: choose a repo of yours, or a token that may write.",
-        409: f"{repo_id} is taken by a dataset, a Space, or a concurrent push: choose another name.",
-        412: f"Someone else pushed to {repo_id} in the meantime: check their commit, then run again to replace it.",
-        429: "The Hub's rate limit is reached: wait for a while, and run again.",
-    }
-    if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
-        error = error.__cause__  # of "Error while uploading ..."
-    if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
-        reason = reasons.get(error.response.status_code, "The Hub refused.")
-    else:
-        reason = "The connection to the Hub was lost: run the command again to continue."
-    return f"{reason} ({one_line(error)})"

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from huggingface_hub import ModelCard
 from safetensors import safe_open
-from transformers import AutoModel, AutoProcessor, PreTrainedModel, SamConfig, SamModel, SamProcessor
+from transformers import AutoModel, AutoProcessor, PreTrainedModel, SamConfig, SamModel
 
 from .comparison import compare, processed_outputs
+from .plain_settings import read_processor
 from .sources import fetch
 
 
@@ -28,20 +29,21 @@ def verify(repo: str, base: Path, revision: str | None = None) -> dict[str, Any]
     Raises:
         ValueError: If a check fails. Its message says which.
     """
+    folder = fetch(repo, revision)
+    check_settings(folder)
+    check_code(folder)
     model = AutoModel.from_pretrained(repo, revision=revision, trust_remote_code=True, dtype=torch.float32)
-    processor = AutoProcessor.from_pretrained(repo, revision=revision)
+    processor = AutoProcessor.from_pretrained(repo, revision=revision, trust_remote_code=False)
     figures = {
         "num_parameters": model.num_parameters(),
         "num_vision_parameters": model.vision_encoder.num_parameters(),
         "max_difference": compare(
             processed_outputs(model, processor),
-            processed_outputs(stock_model(base), SamProcessor.from_pretrained(base)),
+            processed_outputs(stock_model(base), read_processor(base)),
             TOLERANCE,
         ),
     }
-    folder = fetch(repo, revision)
     compare_weights(folder, base)
-    check_code(folder)
     return figures
 
 
@@ -139,6 +141,29 @@ def weight_files(folder: Path) -> list[Path]:
             shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
             return [folder / shard for shard in sorted(set(shards))]
     raise ValueError(f"{folder.name} holds no weights: expected model.safetensors or pytorch_model.bin.")
+
+
+def check_settings(folder: Path) -> None:
+    """Checks that no settings name code of another repo, or code at all but in the `auto_map` of the configuration.
+
+    Raises:
+        ValueError: If they do.
+    """
+    for path in sorted(folder.glob("*.json")):
+        for name, value in named_values(json.loads(path.read_text(encoding="utf-8"))):
+            in_configuration = path.name == "config.json" and name == "auto_map"
+            if name == "custom_pipelines" or (name == "auto_map" and not in_configuration):
+                raise ValueError(f"{path.name} has {name}, which makes users run other code: {value!r:.200}.")
+            if in_configuration and any("--" in str(reference) for reference in value.values()):
+                raise ValueError(f"auto_map in config.json names code of another repo: {value!r:.200}.")
+
+
+def named_values(content: Any) -> Iterator[tuple[str, Any]]:
+    """Yields the names and values of all objects in JSON content, at all levels."""
+    if isinstance(content, dict):
+        yield from content.items()
+    for value in content.values() if isinstance(content, dict) else content if isinstance(content, list) else ():
+        yield from named_values(value)
 
 
 def check_code(folder: Path) -> None:

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
-from transformers import AutoProcessor, BitsAndBytesConfig, PreTrainedModel, SamProcessor
+from transformers import BitsAndBytesConfig, PreTrainedModel, SamProcessor
 
 from checkpoint_tools.loading import let_gradients_through_4bit
+from checkpoint_tools.plain_settings import read_processor
+from checkpoint_tools.sources import require_name
 from checkpoint_tools.staging import split_class
 
 from .segmentation_settings import SegmentationSettings
@@ -41,12 +43,13 @@ def load_base(
     if image_size is not None:
         options["image_size"] = image_size
     try:
+        require_name(base)
         model = split_class().from_pretrained(base, revision=revision, dtype=torch.float32, **options)
         let_gradients_through_4bit(model)
         sizes = (
             {} if image_size is None else processor_sizes(image_size, 4 * model.prompt_encoder.image_embedding_size[0])
         )
-        processor = AutoProcessor.from_pretrained(base, revision=revision, **sizes)
+        processor = read_processor(base, revision, **sizes)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{base}: not a SAM v1 checkpoint with a processor: {str(error).splitlines()[0]}") from error
     side, expected = processor.image_processor.size["longest_edge"], model.config.vision_config.image_size

@@ -30,6 +30,8 @@ from torch import nn  # noqa: E402
 from transformers import AutoModel, PreTrainedModel, SamConfig, SamModel, SamProcessor  # noqa: E402
 from transformers.utils.logging import disable_progress_bar, get_verbosity, set_verbosity  # noqa: E402
 
+import upload  # noqa: E402
+from checkpoint_tools import uploading  # noqa: E402
 from checkpoint_tools.comparison import relative_error  # noqa: E402
 from checkpoint_tools.loading import processor_for  # noqa: E402
 from checkpoint_tools.staging import ROOT, split_class  # noqa: E402
@@ -40,7 +42,10 @@ disable_progress_bar()
 CommandLine = Callable[[str], str]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CODE_FILES = {path.name for path in ROOT.glob("*_sam_split.py")}
-MODEL_REPO_FILES = {*CODE_FILES, "README.md", "LICENSE", "config.json", "processor_config.json", "model.safetensors"}
+MODEL_REPO_FILES = {
+    *CODE_FILES,
+    *("README.md", "LICENSE-code", "config.json", "processor_config.json", "model.safetensors"),
+}
 NEEDS_ADD_ADAPTER = pytest.mark.skipif(
     Version(version("transformers")) >= Version("5.24") and Version(version("peft")) < Version("0.22"),
     reason="model.add_adapter of transformers 5.24 needs peft 0.22",
@@ -115,6 +120,44 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactor
             monkeypatch.setattr(constants, name, value)
         monkeypatch.setenv("HF_TOKEN", "hf_writer")
         yield server.hub
+
+
+@pytest.fixture
+def verified(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """Takes the place of the verification, which test_hub.py and the tests of verify.py run, and counts it."""
+    calls: list[tuple] = []
+
+    def run_verify(*args) -> dict:
+        calls.append(args)
+        return FIGURES
+
+    monkeypatch.setattr(uploading, "run_verify", run_verify)
+    return calls
+
+
+@pytest.fixture
+def run_upload(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., str]:
+    """Runs upload.py with arguments and returns what it prints, or the one line that it ends with."""
+
+    def run(*args: object, fails: bool = False) -> str:
+        monkeypatch.setattr(sys, "argv", ["upload.py", *map(str, args)])
+        if not fails:
+            upload.main()
+            return capsys.readouterr().out
+        with pytest.raises(SystemExit) as caught:
+            upload.main()
+        message = str(caught.value.code)
+        assert "\n" not in message
+        assert "hf_" not in message + "".join(capsys.readouterr()), "a token was shown"
+        return message
+
+    return run
+
+
+@pytest.fixture
+def push(run_upload, base_dir: Path) -> Callable[..., str]:
+    options = ("--base", base_dir, "--repo-id", "user/sam", "--license", "mit")
+    return lambda *args, **kwargs: run_upload(*options, *args, **kwargs)
 
 
 def randomize(model: nn.Module, seed: int = 0) -> nn.Module:

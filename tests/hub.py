@@ -69,6 +69,8 @@ class Hub:
         self.users = {"hf_writer": "user", "hf_reader": "reader"}
         self.lfs: dict[str, bytes] = {}
         self.faults: list[Fault] = []
+        self.tamper: Callable[[dict[str, File]], object] = lambda files: None  # with the files of each new commit
+        self.answer: Callable[[dict[str, str]], object] = lambda answer: None  # that a commit gets
         self.requests: list[str] = []
         self.lock = threading.Lock()
 
@@ -263,11 +265,14 @@ class Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = File(hub.lfs[value["oid"]], lfs=True)
             if kind == "deletedFile":
                 del files[value["path"]]
+        hub.tamper(files)
         number = sum(ref.startswith("refs/pr/") for ref in repo.refs) + 1
         oid = repo.commit(f"refs/pr/{number}" if creates_pr else revision, files)
         url = f"{self.server.url}/{name}"
         pull_request = {"pullRequestUrl": f"{url}/discussions/{number}"} if creates_pr else {}
-        self.reply({"commitUrl": f"{url}/commit/{oid}", "commitOid": oid, **pull_request})
+        answer = {"commitUrl": f"{url}/commit/{oid}", "commitOid": oid, **pull_request}
+        hub.answer(answer)
+        self.reply(answer)
 
 
 NAME = "([^/]+/[^/]+)"

@@ -3,7 +3,6 @@
 import errno
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import BertConfig, BertModel, SamVisionModel
 
-import upload
 from checkpoint_tools import uploading
 from checkpoint_tools.outputs import MARKER
 from checkpoint_tools.staging import ROOT
@@ -25,44 +23,12 @@ from checkpoint_tools.staging import ROOT
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 
-@pytest.fixture
-def verified(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
-    """Takes the place of the verification, which test_hub.py and the tests of verify.py run, and counts it."""
-    calls: list[tuple] = []
-
-    def run_verify(*args) -> dict:
-        calls.append(args)
-        return FIGURES
-
-    monkeypatch.setattr(uploading, "run_verify", run_verify)
-    return calls
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., str]:
-    """Runs upload.py with arguments and returns what it prints, or the one line that it ends with."""
-
-    def run(*args: object, fails: bool = False) -> str:
-        monkeypatch.setattr(sys, "argv", ["upload.py", *map(str, args)])
-        if not fails:
-            upload.main()
-            return capsys.readouterr().out
-        with pytest.raises(SystemExit) as caught:
-            upload.main()
-        message = str(caught.value.code)
-        assert "\n" not in message
-        assert "hf_" not in message + "".join(capsys.readouterr()), "a token was shown"
-        return message
-
-    return run
-
-
 # --- nothing that is not verified
 
 
 @pytest.mark.slow
 def test_failed_verification_pushes_nothing(
-    hub: Hub, run, base_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hub: Hub, run_upload, base_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def spoilt(*args) -> None:
         stage(*args)
@@ -70,7 +36,8 @@ def test_failed_verification_pushes_nothing(
 
     stage = uploading.stage
     monkeypatch.setattr(uploading, "stage", spoilt)
-    message = run("--base", base_dir, "--repo-id", "user/sam", "--output", tmp_path / "sam", fails=True)
+    options = ("--base", base_dir, "--repo-id", "user/sam", "--license", "mit")
+    message = run_upload(*options, "--output", tmp_path / "sam", fails=True)
     assert "Verification failed" in message
     assert "outputs differ from stock" in message
     assert not (tmp_path / "sam").exists()
@@ -112,7 +79,7 @@ def tiny_bert() -> BertModel:
             "expected SAM v1 .*, got 'sam_vision_model'",
         ),
         (lambda folder: (folder / "config.json").unlink(), "no config.json: .* An adapter must be merged"),
-        (lambda folder: (folder / "config.json").write_text("{"), "config.json of .* is not JSON"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json is not JSON"),
         (lambda folder: (folder / "adapter_config.json").write_text("{}"), "holds an adapter"),
         (lambda folder: configure(folder, "quantization_config", {"quant_method": "bitsandbytes"}), "quantized"),
         (lambda folder: (folder / "processor_config.json").unlink(), "no processor"),
@@ -133,25 +100,29 @@ def tiny_bert() -> BertModel:
         (with_pickle(Malicious()), "Weights only load failed.* exec was not an allowed"),
     ],
 )
-def test_not_a_base(spoil, problem: str, base_dir: Path, run, verified: list, tmp_path: Path) -> None:
+def test_not_a_base(spoil, problem: str, base_dir: Path, run_upload, verified: list, tmp_path: Path) -> None:
     folder = shutil.copytree(base_dir, tmp_path / "made" / "sam")
     spoil(folder)
-    message = run("--base", folder, "--output", tmp_path / "output" / "sam", fails=True)
+    message = run_upload("--base", folder, "--output", tmp_path / "output" / "sam", fails=True)
     assert re.search(problem, message), message
     assert not verified
     assert not list((tmp_path / "output").glob("*"))
 
 
-def test_staging_alone(base_dir: Path, run, verified: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_staging_alone(
+    base_dir: Path, run_upload, verified: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    output = run("--base", base_dir, "--output", "new/sam")
+    output = run_upload("--base", base_dir, "--output", "new/sam")
     assert {path.name for path in (tmp_path / "new" / "sam").iterdir()} == {*MODEL_REPO_FILES, MARKER}
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["sam"]
     assert "config.json" in output
-    assert "not empty" in run("--base", base_dir, "--output", "new/sam", fails=True)
-    run("--base", base_dir, "--output", "new/sam", "--force")
+    assert "not empty" in run_upload("--base", base_dir, "--output", "new/sam", fails=True)
+    run_upload("--base", base_dir, "--output", "new/sam", "--force")
     shutil.copytree(base_dir, tmp_path / "holds" / "base")
-    assert "same or lie in one another" in run("--base", "holds/base", "--output", "holds", "--force", fails=True)
+    assert "same or lie in one another" in run_upload(
+        "--base", "holds/base", "--output", "holds", "--force", fails=True
+    )
     assert (tmp_path / "holds" / "base" / "model.safetensors").exists()
     texts = [path.read_text() for path in (tmp_path / "new" / "sam").iterdir() if path.suffix in (".json", ".md")]
     assert not any(str(place) in text for place in (tmp_path, base_dir.parent, ROOT) for text in texts)
@@ -164,12 +135,12 @@ def test_staging_alone(base_dir: Path, run, verified: list, tmp_path: Path, monk
         SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
     ],
 )
-def test_no_space(error, base_dir: Path, run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_no_space(error, base_dir: Path, run_upload, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def full(*args) -> None:
         raise error
 
     monkeypatch.setattr(uploading, "stage", full)
-    assert "No space left on the disk: choose another" in run(
+    assert "No space left on the disk: choose another" in run_upload(
         "--base", base_dir, "--output", tmp_path / "sam", fails=True
     )
     assert not list(tmp_path.iterdir())
@@ -178,17 +149,12 @@ def test_no_space(error, base_dir: Path, run, monkeypatch: pytest.MonkeyPatch, t
 # --- pushing
 
 
-@pytest.fixture
-def push(run, base_dir: Path) -> Callable[..., str]:
-    return lambda *args, **kwargs: run("--base", base_dir, "--repo-id", "user/sam", *args, **kwargs)
-
-
 def test_push_again(hub: Hub, push, verified: list, split_dir: Path) -> None:
     push()
     repo = hub.repos["user/sam"]
     commit = repo.refs["main"]
     assert repo.files()["model.safetensors"] == (split_dir / "model.safetensors").read_bytes()
-    assert verified[-1][2:] == (commit, "hf_writer"), "loaded back"
+    assert verified[-1][2] == commit, "loaded back"
 
     assert "No changes: user/sam is up to date" in push()
     assert repo.refs["main"] == commit
@@ -253,10 +219,11 @@ def test_somebody_pushes_meanwhile(hub: Hub, push, monkeypatch: pytest.MonkeyPat
         ("hf_reader", "user/sam", "may not write to user/sam"),
         ("hf_writer", "user/data", "user/data is taken by a dataset"),
         ("hf_writer", "user/adapter", "user/adapter contains an adapter"),
-        ("hf_writer", "user/a b", "(?i)repo id"),
     ],
 )
-def test_refused(token, repo_id: str, problem: str, hub: Hub, run, base_dir, verified, monkeypatch, tmp_path) -> None:
+def test_refused(
+    token, repo_id: str, problem: str, hub: Hub, run_upload, base_dir, verified, monkeypatch, tmp_path
+) -> None:
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "adapter_config.json").write_text("{}")
     for name in ("user/sam", "user/adapter"):
@@ -266,7 +233,7 @@ def test_refused(token, repo_id: str, problem: str, hub: Hub, run, base_dir, ver
         monkeypatch.setenv("HF_TOKEN", token)
     else:
         monkeypatch.delenv("HF_TOKEN")
-    assert re.search(problem, run("--base", base_dir, "--repo-id", repo_id, fails=True))
+    assert re.search(problem, run_upload("--base", base_dir, "--repo-id", repo_id, "--license", "mit", fails=True))
     assert all(len(repo.commits) == 1 for repo in hub.repos.values())
     assert not hub.lfs
 
@@ -281,34 +248,36 @@ def test_public_repo_is_no_private_one(hub: Hub, push, base_dir: Path) -> None:
     [
         ("nobody/nothing", "not a folder, and the Hub has no such model"),
         ("user/gated", "user/gated is gated: accept its terms"),
-        ("a/b/c", "not a folder, and the Hub has no such model"),
+        ("a/b/c", "no such folder, and it is no Hub id, which is USER/NAME"),
     ],
 )
-def test_no_such_base(name: str, problem: str, hub: Hub, run, base_dir: Path, tmp_path: Path) -> None:
+def test_no_such_base(name: str, problem: str, hub: Hub, run_upload, base_dir: Path, tmp_path: Path) -> None:
     hub.add("user/gated", base_dir, gated=True)
-    assert problem in run("--base", name, "--output", tmp_path / "sam", fails=True)
+    assert problem in run_upload("--base", name, "--output", tmp_path / "sam", fails=True)
 
 
-def test_pickled_private_base_on_the_hub(hub: Hub, run, base_dir: Path, verified: list, tmp_path: Path, monkeypatch):
+def test_pickled_private_base_on_the_hub(
+    hub: Hub, run_upload, base_dir: Path, verified: list, tmp_path: Path, monkeypatch
+):
     monkeypatch.delenv("HF_TOKEN")
     (tmp_path / "token").write_text("hf_writer")
     folder = shutil.copytree(base_dir, tmp_path / "made")
     with_pickle(load_file(folder / "model.safetensors"))(folder)
     hub.add("user/pickled", folder, private=True)
-    assert "a token is needed" in run("--base", "user/pickled", "--output", tmp_path / "sam", fails=True)
-    run("--base", "user/pickled", "--output", tmp_path / "sam", "--token-file", tmp_path / "token")
+    assert "a token is needed" in run_upload("--base", "user/pickled", "--output", tmp_path / "sam", fails=True)
+    run_upload("--base", "user/pickled", "--output", tmp_path / "sam", "--token-file", tmp_path / "token")
     assert {path.name for path in (tmp_path / "sam").iterdir()} == {*MODEL_REPO_FILES, MARKER}
 
 
-def test_no_such_base_revision(hub: Hub, run, base_dir: Path, tmp_path: Path) -> None:
+def test_no_such_base_revision(hub: Hub, run_upload, base_dir: Path, tmp_path: Path) -> None:
     hub.add("user/sam", base_dir)
-    message = run("--base", "user/sam", "--base-revision", "old", "--output", tmp_path / "sam", fails=True)
+    message = run_upload("--base", "user/sam", "--base-revision", "old", "--output", tmp_path / "sam", fails=True)
     assert "user/sam has no revision old" in message
 
 
-def test_no_hub(run, tmp_path: Path) -> None:
+def test_no_hub(run_upload, tmp_path: Path) -> None:
     """Offline, as all tests are."""
-    assert "try --base checkpoints/sam-tiny" in run("--output", tmp_path / "sam", fails=True)
+    assert "try checkpoints/sam-tiny" in run_upload("--output", tmp_path / "sam", fails=True)
 
 
 # --- faults on the way

@@ -11,9 +11,11 @@ import torch
 from conftest import CODE_FILES, FIGURES, Malicious, configure, rewrite, stock_model
 from safetensors.torch import load_file
 
+from checkpoint_tools.bases import read_base
 from checkpoint_tools.cards import card_facts, model_card
+from checkpoint_tools.pushing import is_ours
 from checkpoint_tools.staging import ROOT, split_class
-from checkpoint_tools.uploading import check_staged, is_ours, stage
+from checkpoint_tools.uploading import check_staged, stage
 from checkpoint_tools.verification import Weights, compare_weights, verify
 
 
@@ -60,7 +62,7 @@ def test_staged_from(make, base_dir: Path, tmp_path: Path) -> None:
     output.mkdir()
     stage(folder, output, "5GB")
     assert {path.name for path in output.iterdir()} == CODE_FILES | {
-        "LICENSE",
+        "LICENSE-code",
         "config.json",
         "processor_config.json",
         "model.safetensors",
@@ -79,7 +81,7 @@ def staged_dir(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     path = tmp_path_factory.mktemp("staged") / "sam"
     path.mkdir()
     stage(base_dir, path, "5GB")
-    (path / "README.md").write_text(model_card(card_facts("user/sam", str(base_dir), base_dir, FIGURES)))
+    (path / "README.md").write_text(model_card(card_facts("user/sam", read_base(str(base_dir)), FIGURES)))
     return path
 
 
@@ -92,6 +94,12 @@ def test_sharded_output(base_dir: Path, tmp_path: Path) -> None:
 
 def append(name: str, text: str) -> Callable[[Path], None]:
     return lambda folder: (folder / name).write_text((folder / name).read_text() + text)  # type: ignore[return-value]
+
+
+def append_setting(file: str, name: str, value: object) -> Callable[[Path], None]:
+    return lambda folder: (folder / file).write_text(  # type: ignore[return-value]
+        json.dumps({**json.loads((folder / file).read_text()), name: value})
+    )
 
 
 def exchange_q_and_k(weights: dict) -> None:
@@ -125,6 +133,15 @@ def exchange_q_and_k(weights: dict) -> None:
         (
             lambda folder: configure(folder, "auto_map", {**AUTO_MAP, "AutoModelForMaskGeneration": "another.Model"}),
             "no class of this repo for AutoModelForMaskGeneration",
+        ),
+        (
+            lambda folder: configure(folder, "auto_map", {**AUTO_MAP, "AutoTokenizer": "else/where--code.Tokenizer"}),
+            "config.json names code of another repo",
+        ),
+        (lambda folder: configure(folder, "custom_pipelines", {"any": {}}), "custom_pipelines, which makes users run"),
+        (
+            append_setting("processor_config.json", "auto_map", {"AutoProcessor": "code.Processor"}),
+            "processor_config.json has auto_map, which makes users run",
         ),
     ],
 )

@@ -1,0 +1,83 @@
+"""Errors of commands in one line: what is wrong, and what to do."""
+
+import contextlib
+import errno
+import importlib.util
+import os
+import pickle
+import re
+import sys
+from collections.abc import Iterator
+
+from huggingface_hub.errors import HTTPError
+from safetensors import SafetensorError
+
+from .staging import one_line
+
+
+# What the user or the machine lacks.
+EXPECTED: tuple[type[Exception], ...] = (OSError, HTTPError, SafetensorError, pickle.UnpicklingError)
+REMEDIES = {
+    errno.ENOSPC: "choose another with the output's name, TMPDIR or HF_HOME, and run again",
+    errno.EDQUOT: "free some space, or choose another disk, and run again",
+    errno.EACCES: "change its permissions, or choose another output",
+    errno.EPERM: "change its permissions, or choose another output",
+    errno.EROFS: "choose another output",
+    errno.EBUSY: "close what uses it, or choose another output",
+}
+NO_SPACE = "No space left on the disk"
+TORCH_COULD_NOT_WRITE = r"unexpected pos \d+ vs \d+|file write failed"
+
+
+@contextlib.contextmanager
+def one_line_errors(*expected: type[Exception], prefix: str = "", interrupted: str = "Interrupted.") -> Iterator[None]:
+    """Ends the process with one line if the block raises what the user or the machine is the cause of.
+
+    Args:
+        expected: Errors beside those of files and of the Hub.
+        prefix: What the line begins with.
+        interrupted: The line for Ctrl-C.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit(interrupted)
+    except (*EXPECTED, *expected) as error:
+        sys.exit(prefix + explained(error))
+    except RuntimeError as error:
+        if error_number(error) is None:
+            raise
+        sys.exit(prefix + explained(error))
+
+
+def explained(error: BaseException) -> str:
+    """Returns the message of an error, in one line; for errors of the disk, with what to do."""
+    number, file = error_number(error), getattr(error, "filename", None)
+    if number in REMEDIES:
+        reason = NO_SPACE if number == errno.ENOSPC else os.strerror(number)
+        return f"{f'{file}: ' if file else ''}{reason}: {REMEDIES[number]}."
+    if isinstance(error, OSError) and error.strerror and file:
+        return f"{file}: {error.strerror}."
+    return one_line(error) or type(error).__name__
+
+
+def error_number(error: BaseException) -> int | None:
+    """Returns the operating system's number of an error, which safetensors and torch give in their messages."""
+    if isinstance(error, OSError) and error.errno:
+        return error.errno
+    message = str(error)
+    if match := re.search(r"\(os error (\d+)\)", message):
+        return int(match[1])
+    if re.search(TORCH_COULD_NOT_WRITE, message) or os.strerror(errno.ENOSPC) in message:
+        return errno.ENOSPC
+    return error_number(error.__cause__) if error.__cause__ else None
+
+
+def require_packages(*names: str, purpose: str) -> None:
+    """Checks, before work starts, that packages are installed.
+
+    Raises:
+        ImportError: If one is not. The message says how to install it.
+    """
+    if missing := [name for name in names if importlib.util.find_spec(name) is None]:
+        raise ImportError(f"{purpose} needs {', '.join(missing)}: pip install {' '.join(missing)}.")

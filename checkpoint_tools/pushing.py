@@ -1,0 +1,236 @@
+"""Pushes a staged model repo to the Hub in one commit, and compares every file of the commit with what was staged."""
+
+import filecmp
+import fnmatch
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    snapshot_download,
+)
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HTTPError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from .outputs import MARKER
+from .staging import one_line
+
+
+# All files of a model repo. A push replaces or deletes files of an earlier push that match.
+FILES = (
+    "README.md",
+    "LICENSE*",
+    "config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "model-*-of-*.safetensors",
+    "*_sam_split.py",
+)
+# What may lie beside them in a repo: nothing that transformers, PEFT or another library would load or run.
+HARMLESS = ("*.md", "*.txt", "*.png", "*.jpg", "*.jpeg", "*.gif", "*.webp", "*.svg", "*.pdf", ".gitignore")
+WRITTEN_BY_THE_HUB = ".gitattributes"
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Destination of a push.
+
+    Args:
+        repo_id: USER/NAME.
+        commit_message: Message of the commit.
+        private: Creates the repo as private.
+        revision: Branch, created if missing; None for main.
+        create_pr: Whether to open a pull request instead.
+    """
+
+    repo_id: str
+    commit_message: str
+    private: bool = False
+    revision: str | None = None
+    create_pr: bool = False
+
+
+def check_destination(api: HfApi, destination: Destination) -> str | None:
+    """Returns the parent commit of a push, None if the repo or branch does not exist yet.
+
+    Raises:
+        ValueError: If it is clear already that nothing can be pushed.
+    """
+    if api.token is None:
+        raise ValueError(
+            "A push needs a token that may write: run `hf auth login`, set HF_TOKEN, or give --token-file."
+        )
+    try:
+        api.whoami()
+        info = api.model_info(destination.repo_id)
+        if destination.private and not info.private:
+            raise ValueError(
+                f"{destination.repo_id} exists and is public: make it private in its settings, or choose another."
+            )
+        return api.model_info(destination.repo_id, revision=destination.revision).sha
+    except (RevisionNotFoundError, RepositoryNotFoundError):
+        return None
+    except HTTPError as error:
+        raise ValueError(explain(error, destination.repo_id)) from error
+
+
+def push(
+    api: HfApi, destination: Destination, folder: Path, head: str | None, verify: Callable[[str, Path], object]
+) -> None:
+    """Pushes `folder` in one commit on top of `head`, compares it with what the Hub gives back, and verifies that.
+
+    Args:
+        api: The Hub, with a token.
+        destination: Where to push to.
+        folder: The staged model repo.
+        head: The parent commit; None if there is none yet.
+        verify: Called with the new commit and a Hub cache that holds it, once all files are the same.
+
+    Raises:
+        ValueError: If the Hub refuses, or gives back something else.
+    """
+    try:
+        head = head or create(api, destination)
+        kept = files_kept(api, destination.repo_id, head, folder)
+        commit = commit_files(api, destination, folder, head, kept)
+    except (HTTPError, RuntimeError) as error:  # the latter from hf_xet
+        raise ValueError(explain(error, destination.repo_id)) from error
+    if commit.oid == head:
+        print(f"No changes: {destination.repo_id} is up to date, no commit was made.")
+    print("Loading it back from the Hub, with empty caches ...", flush=True)
+    try:
+        with tempfile.TemporaryDirectory(prefix="sam-split-pushed-") as cache:
+            compare_files(api, destination.repo_id, commit.oid, folder, head, kept, Path(cache))
+            verify(commit.oid, Path(cache))
+    except (ValueError, OSError, HTTPError) as error:
+        raise ValueError(
+            f"Commit {commit.oid} was pushed to {destination.repo_id}, but verification failed: {one_line(error)}"
+        ) from error
+    print(
+        f"{commit.pr_url or commit.repo_url}\nCommit {commit.oid}, which others load with\n\n"
+        "    from transformers import AutoModel\n"
+        f'    AutoModel.from_pretrained("{destination.repo_id}", revision="{commit.oid}", trust_remote_code=True)\n'
+    )
+
+
+def create(api: HfApi, destination: Destination) -> str:
+    """Makes the repo and the branch where there is none, and returns the commit to build on."""
+    if not api.repo_exists(destination.repo_id):
+        api.create_repo(destination.repo_id, private=destination.private or None)
+    if destination.revision:
+        api.create_branch(destination.repo_id, branch=destination.revision)
+    return str(api.model_info(destination.repo_id, revision=destination.revision).sha)
+
+
+def staged_files(folder: Path) -> dict[str, Path]:
+    """Returns the files of the model repo in `folder` by name, without the mark of outputs."""
+    return {path.name: path for path in sorted(folder.iterdir()) if path.name != MARKER}
+
+
+def is_ours(name: str) -> bool:
+    """Whether a model repo of ours may hold a file of this name."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in FILES)
+
+
+def files_kept(api: HfApi, repo_id: str, head: str, folder: Path) -> set[str]:
+    """Returns the files of the repo that a push leaves as they are.
+
+    Raises:
+        ValueError: If one of them could be loaded or run together with the model.
+    """
+    there = api.list_repo_files(repo_id, revision=head)
+    if "adapter_config.json" in there:
+        raise ValueError(f"{repo_id} contains an adapter, which transformers would load on top: choose another repo.")
+    kept = {name for name in there if not is_ours(name) and name not in staged_files(folder)} - {WRITTEN_BY_THE_HUB}
+    if foreign := sorted(name for name in kept if not any(fnmatch.fnmatch(name, pattern) for pattern in HARMLESS)):
+        raise ValueError(
+            f"{repo_id} also contains {', '.join(foreign)}, which may be loaded or run with the model: delete that, "
+            "or choose another repo."
+        )
+    return kept
+
+
+def commit_files(api: HfApi, destination: Destination, folder: Path, head: str, kept: set[str]) -> CommitInfo:
+    """Commits all of `folder` at once, on top of `head`, and deletes what is neither in it nor `kept`.
+
+    Raises:
+        ValueError: If the Hub's answer names no commit.
+    """
+    files = staged_files(folder)
+    there = api.list_repo_files(destination.repo_id, revision=head)
+    try:
+        commit = api.create_commit(
+            destination.repo_id,
+            [CommitOperationAdd(name, path) for name, path in files.items()]
+            + [CommitOperationDelete(name) for name in there if name not in {*files, *kept, WRITTEN_BY_THE_HUB}],
+            commit_message=destination.commit_message,
+            revision=destination.revision,
+            create_pr=destination.create_pr,
+            parent_commit=head,
+        )
+        if not commit.oid:
+            raise KeyError("commitOid")
+        return commit
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"The Hub's answer to the commit to {destination.repo_id} names no commit ({one_line(error)}): run the "
+            "command again, which changes nothing if the commit was made."
+        ) from error
+
+
+def compare_files(api: HfApi, repo_id: str, commit: str, folder: Path, head: str, kept: set[str], cache: Path) -> None:
+    """Downloads a commit into a Hub cache, and compares every file with what was staged or was there before.
+
+    Raises:
+        ValueError: If a file is missing, added or different.
+    """
+    listed = set(api.list_repo_files(repo_id, revision=commit))
+    download = partial(snapshot_download, repo_id, cache_dir=cache, token=api.token)
+    actual = Path(download(revision=commit))
+    expected = staged_files(folder)
+    if kept:
+        earlier = Path(download(revision=head, allow_patterns=sorted(kept)))
+        expected |= {name: earlier / name for name in kept}
+    downloaded = {path.relative_to(actual).as_posix() for path in actual.rglob("*") if not path.is_dir()}
+    problems = {
+        "lacks": expected.keys() - (downloaded & listed),
+        "also contains": (downloaded | listed) - expected.keys() - {WRITTEN_BY_THE_HUB},
+        "has other contents in": {
+            name
+            for name in downloaded & expected.keys()
+            if not filecmp.cmp(actual / name, expected[name], shallow=False)
+        },
+    }
+    if found := [f"{problem} {', '.join(sorted(names))}" for problem, names in problems.items() if names]:
+        raise ValueError(f"unlike what was staged, it {'; it '.join(found)}. Nothing was loaded.")
+
+
+def explain(error: Exception, repo_id: str) -> str:
+    """Returns what an error of the Hub means for a push, and what to do."""
+    reasons = {
+        401: "The Hub rejected the token: create a new one in your Hub settings, and run `hf auth login`.",
+        403: f"The token may not write to {repo_id}: choose a repo of yours, a token that may, or --create-pr.",
+        404: f"{repo_id} is not there, or not for this token: choose a repo of yours, or a token that may write.",
+        409: f"{repo_id} is taken by a dataset, a Space, or a concurrent push: choose another name.",
+        412: f"Someone else pushed to {repo_id} in the meantime: check their commit, then run again to replace it.",
+        429: "The Hub's rate limit is reached: wait for a while, and run again.",
+    }
+    if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # of "Error while uploading ..."
+    if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
+        reason = reasons.get(error.response.status_code, "The Hub refused.")
+    else:
+        reason = "The connection to the Hub was lost: run the command again to continue."
+    return f"{reason} ({one_line(error)})"
