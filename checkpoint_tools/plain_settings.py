@@ -20,7 +20,7 @@ SIDES = ({"longest_edge"}, {"height", "width"})
 def read_processor(
     source: str | Path, revision: str | None = None, token: str | None = None, **others: Any
 ) -> SamProcessor:
-    """Returns the processor of a folder or Hub repo, made of the settings that SAM's image processor has, and `others`.
+    """Returns the processor of a folder or Hub repo, made of the settings that SAM has, and of `others` before them.
 
     Raises:
         ValueError: If there is none, it is another model's, or a setting has a wrong type.

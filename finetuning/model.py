@@ -46,7 +46,7 @@ def load_base(
         require_name(base)
         model = split_class().from_pretrained(base, revision=revision, dtype=torch.float32, **options)
         let_gradients_through_4bit(model)
-        sizes = (
+        sizes: dict[str, Any] = (
             {} if image_size is None else processor_sizes(image_size, 4 * model.prompt_encoder.image_embedding_size[0])
         )
         processor = read_processor(base, revision, **sizes)

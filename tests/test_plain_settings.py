@@ -104,7 +104,9 @@ def foreign_base(base_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     processor |= {"auto_map": auto_map, "processor_class": "EvilProcessor"}
     processor["image_processor"] |= {"auto_map": auto_map, "evil": True}
     (folder / "processor_config.json").write_text(json.dumps(processor))
-    (folder / "preprocessor_config.json").write_text(json.dumps({**processor["image_processor"], "auto_map": auto_map}))
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps({**processor["image_processor"], "auto_map": auto_map})
+    )
     (folder / "evil.py").write_text(CODE)
 
     def say_yes(prompt: str) -> str:

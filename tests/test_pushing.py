@@ -93,8 +93,12 @@ def test_any_change_is_found(tamper, problem: str, hub: Hub, staged_dir: Path, t
     hub.tamper = tamper
     loaded: list[tuple] = []
     with pytest.raises(ValueError, match=re.escape(problem)) as caught:
-        push_folder(HfApi(), Destination("user/sam", "Split"), staged_dir, repo.refs["main"], lambda *_: loaded.append(_))
-    assert str(caught.value).startswith(f"Commit {repo.refs['main']} was pushed to user/sam, but verification failed: ")
+        push_folder(
+            HfApi(), Destination("user/sam", "Split"), staged_dir, repo.refs["main"], lambda *_: loaded.append(_)
+        )
+    assert str(caught.value).startswith(
+        f"Commit {repo.refs['main']} was pushed to user/sam, but verification failed: "
+    )
     assert not loaded
 
 
