@@ -1,11 +1,14 @@
 """Training loss and validation metrics, per object, at the resolution of the predicted masks."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from transformers import EvalPrediction
-from transformers.models.sam.modeling_sam import SamImageSegmentationOutput
 
 from checkpoint_tools.masks import best_rated, mask_iou
+
+from .rounds import Prediction
 
 
 class MaskLoss:
@@ -22,7 +25,7 @@ class MaskLoss:
 
     def __call__(
         self,
-        outputs: SamImageSegmentationOutput,
+        outputs: Prediction,
         labels: torch.Tensor,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
@@ -43,6 +46,28 @@ class MaskLoss:
         objects = mask_losses.min(-1).values + rating_errors.mean(-1)
         num_objects = objects.numel() if num_items_in_batch is None else num_items_in_batch / labels.shape[-1]
         return objects.sum() / num_objects
+
+
+class StepLoss:
+    """The mean of `MaskLoss` over several predictions for the same objects.
+
+    Args:
+        kind: `focal` or `cross-entropy`.
+    """
+
+    def __init__(self, kind: str = "cross-entropy"):
+        self.mask_loss = MaskLoss(kind)
+
+    def __call__(
+        self,
+        outputs: dict[str, tuple[torch.Tensor, ...]],
+        labels: torch.Tensor,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """Returns this batch's share of the step's loss; `outputs` have a tensor for each prediction."""
+        pairs = zip(outputs["iou_scores"], outputs["pred_masks"], strict=True)
+        losses = [self.mask_loss(Prediction(*pair), labels, num_items_in_batch) for pair in pairs]
+        return torch.stack(losses).mean()
 
 
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -74,40 +99,46 @@ def intersection_over_union(logits: torch.Tensor, labels: torch.Tensor) -> torch
     return mask_iou((logits > 0) & (labels >= 0), labels > 0)
 
 
-def object_scores(predictions: tuple[torch.Tensor, ...], labels: torch.Tensor) -> torch.Tensor:
+def object_scores(predictions: tuple[tuple[torch.Tensor, ...], ...], labels: torch.Tensor) -> torch.Tensor:
     """Scores, per object, the mask with the highest predicted IoU. `Trainer` then gathers scores instead of masks.
 
     Args:
-        predictions: IoU ratings (B, objects, masks) and masks (B, objects, masks, H, W).
+        predictions: For each kind of prompt, IoU ratings (B, objects, masks); and masks (B, objects, masks, H, W).
         labels: (B, objects, H, W), -100 for padding objects: added where another rank's image has more objects.
 
     Returns:
-        (B, objects, 2): IoU, and the absolute error of the predicted IoU; NaN for padding objects.
+        (B, objects, kinds, 2): IoU, and the absolute error of the predicted IoU; NaN for padding objects.
     """
-    ratings, masks = best_rated(*predictions[:2])
-    labels = labels.flatten(-2)
-    iou = intersection_over_union(masks.flatten(-2), labels)
-    rating_error = (ratings.float() - iou).abs()
-    scores = torch.stack([iou, rating_error], -1)
-    return scores.masked_fill((labels[..., :1] == -100).expand_as(scores), torch.nan)
+    labels, scores = labels.flatten(-2), []
+    for ratings, masks in (best_rated(*pair) for pair in zip(*predictions, strict=True)):
+        iou = intersection_over_union(masks.flatten(-2), labels)
+        scores.append(torch.stack([iou, (ratings.float() - iou).abs()], -1))
+    is_padding = labels[..., 0, None, None] == -100
+    return torch.stack(scores, 2).masked_fill(is_padding, torch.nan)
 
 
 class MaskMetrics:
-    """Collects `object_scores` batch by batch, for `Trainer` with `batch_eval_metrics`, and averages them."""
+    """Collects `object_scores` batch by batch, for `Trainer` with `batch_eval_metrics`, and averages them.
 
-    def __init__(self) -> None:
+    Args:
+        kinds: Names of the kinds of prompts.
+    """
+
+    def __init__(self, kinds: Sequence[str]) -> None:
+        self.kinds = kinds
         self.scores: list[torch.Tensor] = []
 
     def __call__(self, prediction: EvalPrediction, compute_result: bool) -> dict[str, float]:
-        """Returns the metrics over all objects after the last batch."""
-        self.scores.append(torch.as_tensor(prediction.predictions).flatten(0, -2))
+        """Returns the metrics over all objects after the last batch: of all kinds together, and the IoU of each."""
+        self.scores.append(torch.as_tensor(prediction.predictions).flatten(0, 1))
         if not compute_result:
             return {}
         scores = torch.cat(self.scores).cpu().double()  # MPS has no float64
         self.scores.clear()
-        iou, rating_error = scores[~scores.isnan().any(-1)].T
+        iou, rating_error = scores[~scores.isnan().flatten(1).any(1)].unbind(-1)  # (objects, kinds)
         return {
             "iou": iou.mean().item(),
+            **{f"iou_{kind}": column.mean().item() for kind, column in zip(self.kinds, iou.T, strict=True)},
             "dice": (2 * iou / (1 + iou)).mean().item(),
             "share_over_iou_0.5": (iou > 0.5).double().mean().item(),
             "share_over_iou_0.75": (iou > 0.75).double().mean().item(),

@@ -1,11 +1,10 @@
 """Samples prompts from labels, and turns images, labels and prompts into model inputs."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset
 from transformers import SamProcessor
 
 from .clicks import deepest
@@ -13,32 +12,29 @@ from .overlaps import mask_of
 from .samples import Sample, Window, shrink, visible
 
 
-KINDS = {"point": ("point",), "box": ("box",), "mixed": ("point", "box")}
 PADDING = -10  # SAM's label for padding points
+MOST_JITTER = 20  # pixels
 OUTSIDE = -1  # target value for the padding outside the image; ignored by the loss
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """How an object is prompted: with points inside and outside, or with its box.
+    """What the model is told of an object at first: points inside and outside of it, its box, or both in turn.
 
     Args:
-        kind: `point`, `box`, or `mixed`, which alternates between steps.
+        kind: `point`, `box`, or `mixed` for both.
         points: Points in the object.
         negative_points: Points beside it.
-        jitter: Standard deviation of the noise on box corners in training, as a share of the box's sides: 10 % as in
-            Segment Anything (https://arxiv.org/abs/2304.02643, appendix A).
+        clicks: How many random numbers to draw for corrective clicks in training.
+        jitter: Standard deviation of the noise on box corners in training, as a share of the box's sides: 10 %, and at
+            most `MOST_JITTER` pixels, as in Segment Anything (https://arxiv.org/abs/2304.02643, appendix A).
     """
 
-    kind: str = "point"
+    kind: str = "mixed"
     points: int = 1
     negative_points: int = 0
+    clicks: int = 0
     jitter: float = 0.1
-
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """Those that take turns."""
-        return KINDS[self.kind]
 
 
 class ItemEncoder:
@@ -56,32 +52,32 @@ class ItemEncoder:
         self.prompts = prompts
 
     def __call__(
-        self, image: np.ndarray, labels: np.ndarray, ids: np.ndarray, kind: str, rng: np.random.Generator, train: bool
+        self, image: np.ndarray, labels: np.ndarray, ids: np.ndarray, rng: np.random.Generator, train: bool
     ) -> dict[str, torch.Tensor]:
         """Returns `pixel_values` (3, side, side), prompts for the objects `ids`, and their masks as `labels`.
 
         In `labels` (objects, mask_side, mask_side) int8 the object is 1, what else is in the image 0, and `OUTSIDE`
         what is beyond it.
         """
-        noise = self.prompts.jitter if train else 0.0
-        if kind == "box":
-            boxes = [draw_box(mask_of(labels, label), noise, rng) for label in ids]
-            inputs = self.processor(images=[image], input_boxes=[boxes], return_tensors="pt")
-        else:
-            numbers = self.prompts.points, self.prompts.negative_points
-            drawn = [draw_points(mask_of(labels, label), *numbers, rng, central=not train) for label in ids]
-            points, point_labels = [list(part) for part in zip(*drawn, strict=True)]
-            inputs = self.processor(
-                images=[image], input_points=[points], input_labels=[point_labels], return_tensors="pt"
-            )
+        prompts, told = self.prompts, {}
+        masks = [mask_of(labels, label) for label in ids]
+        if prompts.kind != "box":
+            drawn = [
+                draw_points(mask, prompts.points, prompts.negative_points, rng, central=not train) for mask in masks
+            ]
+            told["input_points"], told["input_labels"] = [[list(part)] for part in zip(*drawn, strict=True)]
+        if prompts.kind != "point":
+            told["input_boxes"] = [[draw_box(mask, prompts.jitter if train else 0.0, rng) for mask in masks]]
+        inputs = self.processor(images=[image], return_tensors="pt", **told)
+        encoded = {name: inputs[name][0] for name in ("pixel_values", *told)}
+        for name in {"pixel_values", "input_points", "input_boxes"} & set(encoded):
+            encoded[name] = encoded[name].float()
+        if train and prompts.clicks:
+            encoded["draws"] = torch.from_numpy(rng.random((len(ids), prompts.clicks), dtype=np.float32))
         small = shrink(labels, self.mask_side)
         targets = np.full((len(ids), self.mask_side, self.mask_side), OUTSIDE, dtype=np.int8)
         height, width = small.shape[-2:]
         targets[:, :height, :width] = [mask_of(small, label) for label in ids]
-        names = ("pixel_values", "input_boxes", "input_points")
-        encoded = {name: inputs[name][0].float() for name in names if name in inputs}
-        if "input_labels" in inputs:
-            encoded["input_labels"] = inputs["input_labels"][0]
         return {**encoded, "labels": torch.from_numpy(targets)}
 
 
@@ -95,7 +91,6 @@ class TrainingSet(Dataset):
         samples: Samples, drawn without replacement in each pass.
         encode: Makes model inputs.
         size: Items to draw in all.
-        step_size: Items of one optimizer step, which get prompts of the same kind.
         objects: Objects per item. They may repeat, with different prompts.
         augment: `none`, `crop` to draw a part and mirror it, or `turn` to turn it too.
         min_area: Objects that show less than this many pixels of the predicted masks are not drawn.
@@ -107,7 +102,6 @@ class TrainingSet(Dataset):
         samples: list[Sample],
         encode: ItemEncoder,
         size: int,
-        step_size: int,
         objects: int = 6,
         augment: str = "turn",
         min_area: int = 4,
@@ -116,7 +110,6 @@ class TrainingSet(Dataset):
         self.samples = samples
         self.encode = encode
         self.size = size
-        self.step_size = step_size
         self.objects = objects
         self.augment = augment
         self.min_area = min_area
@@ -129,9 +122,7 @@ class TrainingSet(Dataset):
         """Returns item `index` of the drawing."""
         rng = np.random.default_rng([self.seed, 1, index])
         image, labels, ids = self.crop(self.draw(index), rng)
-        kinds = self.encode.prompts.kinds
-        kind = kinds[index // self.step_size % len(kinds)]
-        return self.encode(image, labels, rng.choice(ids, self.objects), kind, rng, train=True)
+        return self.encode(image, labels, rng.choice(ids, self.objects), rng, train=True)
 
     def draw(self, index: int) -> Sample:
         """The sample of item `index`."""
@@ -178,8 +169,7 @@ class ValidationSet(Dataset):
         self.encode = encode
         self.seed = seed
         self.items = [
-            (sample, sample.ids[start : start + objects], kind)
-            for kind in encode.prompts.kinds
+            (sample, sample.ids[start : start + objects])
             for sample in samples
             for start in range(0, len(sample.ids), objects)
         ]
@@ -189,20 +179,9 @@ class ValidationSet(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """Returns up to `objects` objects of one image."""
-        sample, ids, kind = self.items[index]
+        sample, ids = self.items[index]
         image, labels = sample.read()
-        return self.encode(image, labels, ids, kind, np.random.default_rng([self.seed, 2, index]), train=False)
-
-
-@dataclass(frozen=True)
-class Collator:
-    """Makes a batch of items, and asks for three masks per prompt or for one."""
-
-    multimask: bool
-
-    def __call__(self, items: list[dict[str, torch.Tensor]]) -> dict[str, Any]:
-        """Returns the items' tensors, stacked."""
-        return {**default_collate(items), "multimask_output": self.multimask}
+        return self.encode(image, labels, ids, np.random.default_rng([self.seed, 2, index]), train=False)
 
 
 def draw_points(
@@ -240,7 +219,7 @@ def draw_box(mask: np.ndarray, jitter: float, rng: np.random.Generator) -> list[
     """Returns the box (left, top, right, bottom) of `mask` (H, W), with noise but inside the image."""
     box = box_of(mask)
     sides = np.tile(box[2:] - box[:2], 2)
-    box = box + jitter * sides * rng.standard_normal(4)
+    box = box + np.clip(jitter * sides * rng.standard_normal(4), -MOST_JITTER, MOST_JITTER)
     (top, bottom), (left, right) = (
         np.sort(np.clip(box[axis::2], 0, edge - 1)) for axis, edge in ((1, mask.shape[0]), (0, mask.shape[1]))
     )

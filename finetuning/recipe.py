@@ -82,7 +82,7 @@ def finetune(settings: Settings) -> None:
         "base": settings.model.base,
         "revision": settings.model.revision,
         "data": about_data,
-        "prompt": settings.prompts.prompt,
+        "prompts": settings.prompts.prompts,
         "objects": objects,
         "trainable_parameters": trainable,
         "before": before,
@@ -94,7 +94,7 @@ def finetune(settings: Settings) -> None:
         "peak_gigabytes": (peak_memory() - loaded) / 1e9,  # relative to memory after loading
         "history": trainer.state.log_history,
     }
-    write_results(settings, weights, metrics, trainer.eval_dataset)
+    write_results(settings, weights, metrics, trainer.eval_dataset, trainer.prompting)
 
 
 def require_login(token: str | None) -> None:

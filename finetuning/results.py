@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from huggingface_hub import HfApi, ModelCard, ModelCardData
+from torch.utils.data import default_collate
 from transformers import PreTrainedModel, SamModel
 
 from checkpoint_tools.comparison import relative_error
@@ -15,17 +16,21 @@ from checkpoint_tools.masks import best_rated
 from checkpoint_tools.outputs import staged
 
 from .model import load_base, trained
+from .overlaps import mask_of
 from .pictures import plot_curves, plot_masks
-from .prompts import OUTSIDE, Collator, ValidationSet
+from .prompts import OUTSIDE, ValidationSet
+from .rounds import POINT, Prompting, Rounds
 from .settings import ModelSettings, Settings, TrainingSettings
 
 
 NUM_PICTURES = 3
 
 
-def write_results(settings: Settings, weights: Path, metrics: dict[str, Any], validation: ValidationSet) -> None:
+def write_results(
+    settings: Settings, weights: Path, metrics: dict[str, Any], validation: ValidationSet, prompting: Prompting
+) -> None:
     """Writes metrics, pictures and exports of what is in `weights` to the output folder, and prints their paths."""
-    output, multimask = settings.folder, settings.prompts.multimask
+    output = settings.folder
     (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     card(settings.model, metrics, is_adapter=weights.name == "adapter").save(weights / "README.md")
     before, after = metrics["before"]["iou"], metrics["after"]["iou"]
@@ -34,13 +39,13 @@ def write_results(settings: Settings, weights: Path, metrics: dict[str, Any], va
 
     base, processor = load_base(settings.model.base, settings.model.revision, image_size=settings.model.image_size)
     shown = np.unique(np.linspace(0, len(validation) - 1, NUM_PICTURES).astype(int)).tolist()
-    masks = {"before": [predict(base, validation, index, multimask)[0] for index in shown]}
+    masks = {"before": [predict(base, validation, index, prompting)[0] for index in shown]}
     model = trained(base, weights).eval()
     if weights.name == "model":
         processor.save_pretrained(weights)
-    masks["after"] = [predict(model, validation, index, multimask)[0] for index in shown]
+    masks["after"] = [predict(model, validation, index, prompting)[0] for index in shown]
     rows = [
-        picture_row(validation, index, {title: masks[title][row] for title in masks})
+        picture_row(validation, index, prompting, {title: masks[title][row] for title in masks})
         for row, index in enumerate(shown)
     ]
     plot_masks(rows, output / "masks.png")
@@ -57,7 +62,7 @@ def write_results(settings: Settings, weights: Path, metrics: dict[str, Any], va
             model.to_sam().save_pretrained(target)
             processor.save_pretrained(target)
         stock = SamModel.from_pretrained(output / "sam").eval()
-        pairs = [[predict(each, validation, index, multimask) for each in (model, stock)] for index in shown]
+        pairs = [[predict(each, validation, index, prompting) for each in (model, stock)] for index in shown]
         same = all(np.array_equal(ours, theirs) for (ours, _), (theirs, _) in pairs)
         error = max(relative_error(theirs, ours) for (_, ours), (_, theirs) in pairs)
         print(
@@ -77,28 +82,34 @@ def push(folder: Path, repo_id: str, settings: TrainingSettings) -> None:
 
 @torch.no_grad()
 def predict(
-    model: PreTrainedModel, validation: ValidationSet, index: int, multimask: bool
+    model: PreTrainedModel, validation: ValidationSet, index: int, prompting: Prompting
 ) -> tuple[np.ndarray, torch.Tensor]:
-    """Returns, per object, the mask with the highest predicted IoU (objects, H, W), at image size, and all logits."""
-    batch = Collator(multimask)([validation[index]])
-    labels = batch.pop("labels")[0]
-    outputs = model(**batch)
-    _, logits = best_rated(outputs.iou_scores, outputs.pred_masks)  # (1, objects, mask_side, mask_side)
-    height, width = ((labels[0] != OUTSIDE).any(axis).sum() for axis in (1, 0))
+    """Returns, per object, the best rated mask for its first prompt (objects, H, W), at image size, and all logits."""
+    batch = default_collate([validation[index]])
+    labels = batch.pop("labels")
+    first, _ = prompting.predict(model, batch, labels, Rounds(prompting.first))
+    prediction = first[prompting.first]
+    _, logits = best_rated(*prediction)  # (1, objects, mask_side, mask_side)
+    height, width = ((labels[0, 0] != OUTSIDE).any(axis).sum() for axis in (1, 0))
     image, _ = validation.items[index][0].read()
     masks = F.interpolate(logits[..., :height, :width], image.shape[:2], mode="bilinear")
-    return (masks[0] > 0).numpy(), outputs.pred_masks
+    return (masks[0] > 0).numpy(), prediction.pred_masks
 
 
-def picture_row(validation: ValidationSet, index: int, masks: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Returns one item's row for `plot_masks`."""
-    image, _ = validation.items[index][0].read()
+def picture_row(
+    validation: ValidationSet, index: int, prompting: Prompting, masks: dict[str, np.ndarray]
+) -> dict[str, Any]:
+    """Returns one item's row for `plot_masks`: first prompts, ground truth and `masks`."""
+    sample, ids = validation.items[index]
+    image, labels = sample.read()
     item = validation[index]
     scale = max(image.shape[:2]) / item["pixel_values"].shape[-1]
-    points, boxes = (scale * item[name].numpy() if name in item else [] for name in ("input_points", "input_boxes"))
-    if "input_labels" in item:
-        points = points[item["input_labels"].numpy() == 1]
-    return {"image": image, "points": points, "boxes": boxes, "masks": masks}
+    row: dict[str, Any] = {"image": image, "points": [], "boxes": []}
+    if prompting.first == POINT:
+        row["points"] = scale * item["input_points"].numpy()[item["input_labels"].numpy() == 1]
+    else:
+        row["boxes"] = scale * item["input_boxes"].numpy()
+    return {**row, "masks": {"ground truth": np.array([mask_of(labels, label) for label in ids]), **masks}}
 
 
 def card(settings: ModelSettings, metrics: dict[str, Any], is_adapter: bool) -> ModelCard:
@@ -120,7 +131,7 @@ def card(settings: ModelSettings, metrics: dict[str, Any], is_adapter: bool) -> 
         f"{'Adapter for the split SAM of' if is_adapter else 'Split SAM, from'} `{base}`"
         f"{f', revision `{settings.revision}`' if settings.revision else ''}. Data: {metrics['data']}, "
         f"{metrics['objects']['train']} training objects, {metrics['objects']['validation']} validation objects.",
-        f"Best of {metrics['steps']} steps, prompts: {metrics['prompt']}. On the validation objects, at the "
+        f"Best of {metrics['steps']} steps, prompts: {metrics['prompts']}. On the validation objects, at the "
         "resolution of the model's masks:",
         "\n".join(["| | before | after |", "|---|---|---|", *rows]),
     ]

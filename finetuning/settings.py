@@ -61,15 +61,22 @@ class PromptSettings:
 
     _argument_group_name: ClassVar[str] = "prompts"
 
-    prompt: Literal["point", "box", "mixed"] = HfArg(default="point", help="mixed takes turns")
+    prompts: Literal["mixed", "point", "box"] = HfArg(
+        default="mixed", aliases=["--prompt"], help="first prompts: points and boxes (mixed), or one of them"
+    )
     points: int = HfArg(default=1, help="points in each object")
     negative_points: int = HfArg(default=0, help="points beside each object")
+    rounds: int = HfArg(default=0, help="corrective clicks after the first prompts")
     objects: int = HfArg(default=6, help="objects per image and training step")
-    multimask: bool = HfArg(default=False, help="predict three masks per prompt, and train the best")
+    multimask: bool | None = HfArg(
+        default=None,
+        help="predict three masks per prompt, and train the best (true, false, or for a single point only)",
+        metadata={"nargs": "?", "const": True},
+    )
 
     def __post_init__(self) -> None:
         require_at_least(1, self, "points", "objects")
-        require_at_least(0, self, "negative_points")
+        require_at_least(0, self, "negative_points", "rounds")
 
 
 @dataclass
@@ -206,7 +213,7 @@ class TrainingSettings(TrainingArguments):
         if self.save_steps is None:
             self.save_steps = self.eval_steps
         if self.logging_steps is None:
-            self.logging_steps = min(10, self.eval_steps)
+            self.logging_steps = min(10, self.eval_steps, self.max_steps)
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         self._checkpoint_activations()
         self._name_repo()

@@ -5,7 +5,7 @@ import time
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 from transformers import (
     EarlyStoppingCallback,
     SamProcessor,
@@ -16,24 +16,52 @@ from transformers import (
     TrainingArguments,
 )
 
-from .losses import MaskLoss, MaskMetrics, object_scores
-from .prompts import Collator, ItemEncoder, Prompts, TrainingSet, ValidationSet
+from .losses import MaskMetrics, StepLoss, object_scores
+from .prompts import ItemEncoder, Prompts, TrainingSet, ValidationSet
+from .rounds import Prompting
 from .samples import TrainValidationParts
 from .settings import Settings
 
 
 class PromptTrainer(Trainer):
-    """A `Trainer` that does not shuffle the training set."""
+    """A `Trainer` that asks for each object as `Prompting` says, and does not shuffle the training set.
+
+    Args:
+        prompting: First prompts and corrective clicks.
+        args: Those of `Trainer`.
+        kwargs: Those of `Trainer`.
+    """
+
+    def __init__(self, prompting: Prompting, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.prompting = prompting
 
     def get_train_dataloader(self) -> DataLoader:
-        """Returns batches in order. The dataset shuffles itself, and all items of a step have one kind of prompt."""
+        """Returns batches in order, as the dataset shuffles itself."""
         loader = DataLoader(
             self.train_dataset,
             batch_size=self.args.per_device_train_batch_size,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            persistent_workers=self.args.dataloader_persistent_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
         )
         return self.accelerator.prepare(loader)
+
+    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Returns what `Trainer` returns, with the predictions of all rounds as the model's outputs."""
+        targets = inputs["labels"]
+
+        def outputs(**batch: Any) -> dict[str, tuple[torch.Tensor, ...]]:
+            if model.training:
+                predictions = self.prompting.predict_to_train(model, batch, targets, self.state.global_step)
+            else:
+                predictions = list(self.prompting.predict_to_validate(model, batch, targets).values())
+            ratings, masks = zip(*predictions, strict=True)
+            return {"iou_scores": ratings, "pred_masks": masks}
+
+        return super().compute_loss(outputs, inputs, *args, **kwargs)
 
 
 def build_trainer(
@@ -42,31 +70,33 @@ def build_trainer(
     processor: SamProcessor,
     parts: TrainValidationParts,
     mask_side: int,
-) -> Trainer:
+) -> PromptTrainer:
     """Returns a trainer of `model` on the training part, as `settings` say."""
-    prompts, training = settings.prompts, settings.training
-    encode = ItemEncoder(processor, mask_side, Prompts(prompts.prompt, prompts.points, prompts.negative_points))
+    asked, training = settings.prompts, settings.training
+    prompting = Prompting(asked.prompts, asked.rounds, asked.multimask, training.seed)
+    prompts = Prompts(asked.prompts, asked.points, asked.negative_points, asked.rounds)
+    encode = ItemEncoder(processor, mask_side, prompts)
     callbacks: list[TrainerCallback] = []
     if training.patience:
         callbacks.append(EarlyStoppingCallback(training.patience))
     callbacks.append(StopAfter(math.inf if training.minutes is None else training.minutes))
     return PromptTrainer(
+        prompting,
         model,
         training,
-        data_collator=Collator(prompts.multimask),
+        data_collator=default_collate,
         train_dataset=TrainingSet(
             parts.train,
             encode,
             training.max_steps * training.step_size,
-            training.step_size,
-            prompts.objects,
+            asked.objects,
             settings.data.augment,
             settings.data.min_area,
             training.seed,
         ),
         eval_dataset=ValidationSet(parts.validation, encode, seed=training.seed),
-        compute_loss_func=MaskLoss(training.loss),
-        compute_metrics=MaskMetrics(),
+        compute_loss_func=StepLoss(training.loss),
+        compute_metrics=MaskMetrics(prompting.validated),
         preprocess_logits_for_metrics=object_scores,
         callbacks=callbacks,
     )

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from finetuning.losses import MaskLoss, MaskMetrics, dice, focal, object_scores
+from finetuning.losses import MaskLoss, MaskMetrics, StepLoss, dice, focal, object_scores
 
 
 def random_outputs(objects: int = 4) -> tuple[SimpleNamespace, torch.Tensor]:
@@ -66,18 +66,28 @@ def test_loss_of_parts_adds_up_to_that_of_the_step():
     torch.testing.assert_close(sum(parts), whole)
 
 
+def test_loss_of_a_step_is_the_mean_over_predictions():
+    (first, labels), (second, _) = random_outputs(), random_outputs()
+    outputs = {name: (getattr(first, name), getattr(second, name)) for name in ("iou_scores", "pred_masks")}
+    expected = (MaskLoss()(first, labels) + MaskLoss()(second, labels)) / 2
+    torch.testing.assert_close(StepLoss()(outputs, labels), expected)
+
+
 def test_metrics():
-    """Two objects, one of them half segmented, and a padding object."""
+    """Two objects, one of them half segmented from a point, and a padding object; boxes are answered perfectly."""
     labels = torch.zeros(1, 3, 2, 4, dtype=torch.int8)
     labels[0, 0, :, :2], labels[0, 1], labels[0, 2] = 1, 1, -100
     masks = torch.full((1, 3, 2, 2, 4), -1.0)
     masks[0, 0, 1, :, :2], masks[0, 1, 1, 0] = 1, 1
     ratings = torch.tensor([[[0.1, 0.9], [0.2, 0.8], [0.0, 1.0]]])
-    metrics = MaskMetrics()
-    prediction = SimpleNamespace(predictions=object_scores((ratings, masks), labels))
+    perfect, certain = labels[:, :, None] * 2.0 - 1, torch.ones(1, 3, 1)
+    metrics = MaskMetrics(("point", "box"))
+    predictions = (ratings, certain), (masks, perfect)
+    prediction = SimpleNamespace(predictions=object_scores(predictions, labels))
     for _ in range(2):  # a second validation starts anew
         assert metrics(prediction, compute_result=False) == {}
         result = metrics(prediction, compute_result=True)
         assert result.pop("objects") == 2 * 2
-        expected = {"iou": 0.75, "dice": 5 / 6, "share_over_iou_0.5": 0.5, "share_over_iou_0.75": 0.5}
-        assert result == pytest.approx({**expected, "iou_head_error": (0.1 + 0.3) / 2})
+        expected = {"iou": 0.875, "iou_point": 0.75, "iou_box": 1, "dice": (5 / 6 + 1) / 2}
+        expected |= {"share_over_iou_0.5": 0.75, "share_over_iou_0.75": 0.75}
+        assert result == pytest.approx({**expected, "iou_head_error": (0.1 + 0.3) / 4})

@@ -4,15 +4,25 @@ import numpy as np
 import pytest
 import torch
 from labelled_images import MASK_SIDE, Array, blocks
+from torch.utils.data import default_collate
 
-from finetuning.prompts import OUTSIDE, PADDING, Collator, ItemEncoder, Prompts, TrainingSet, ValidationSet
+from finetuning.prompts import (
+    MOST_JITTER,
+    OUTSIDE,
+    PADDING,
+    ItemEncoder,
+    Prompts,
+    TrainingSet,
+    ValidationSet,
+    draw_box,
+)
 from finetuning.samples import Sample, train_validation_parts
 
 
 def training_set(processor, size: int = 12, **changes) -> TrainingSet:
     samples = train_validation_parts([Array(blocks(), str(n)) for n in range(4)], MASK_SIDE, 0.25, min_area=1).train
-    kind = changes.pop("prompts", Prompts("mixed", points=2, negative_points=2))
-    return TrainingSet(samples, ItemEncoder(processor, MASK_SIDE, kind), size, **{"step_size": 3, **changes})
+    kind = changes.pop("prompts", Prompts("mixed", points=2, negative_points=2, clicks=3))
+    return TrainingSet(samples, ItemEncoder(processor, MASK_SIDE, kind), size, **changes)
 
 
 def test_items_depend_on_seed_and_number_alone(processor):
@@ -31,14 +41,23 @@ def test_each_sample_is_drawn_before_any_is_drawn_again(processor):
         assert len({drawn.draw(3 * turn + place).source.name for place in range(3)}) == 3
 
 
-def test_a_step_has_prompts_of_one_kind(processor):
-    items = training_set(processor)
-    kinds = ["box" if "input_boxes" in items[number] else "point" for number in range(12)]
-    assert kinds == ["point"] * 3 + ["box"] * 3 + ["point"] * 3 + ["box"] * 3
-    batch = Collator(multimask=True)([items[number] for number in range(3)])
-    assert batch["input_points"].shape == (3, 6, 4, 2)
+@pytest.mark.parametrize("kind", ["mixed", "point", "box"])
+def test_items_hold_the_prompts_that_are_asked_for(kind, processor):
+    batch = default_collate([training_set(processor, prompts=Prompts(kind, points=2))[number] for number in range(3)])
+    assert ("input_points" in batch, "input_labels" in batch) == (kind != "box",) * 2
+    assert ("input_boxes" in batch) == (kind != "point")
+    assert "draws" not in batch
     assert batch["labels"].shape == (3, 6, MASK_SIDE, MASK_SIDE)
-    assert batch["multimask_output"] is True
+
+
+def test_box_noise_is_a_tenth_of_the_sides_but_capped():
+    rng = np.random.default_rng(0)
+    for side, deviation in ((50, 5), (800, MOST_JITTER)):
+        mask = np.zeros((1000, 1000), dtype=bool)
+        mask[100 : 101 + side, 100 : 101 + side] = True
+        noise = np.array([draw_box(mask, 0.1, rng) for _ in range(200)]) - np.array([100, 100, 100 + side, 100 + side])
+        assert np.abs(noise).max() <= MOST_JITTER
+        assert noise.std() == pytest.approx(deviation, rel=0.15)
 
 
 @pytest.mark.parametrize("augment", ["none", "crop", "turn"])
@@ -52,7 +71,6 @@ def test_prompts_belong_to_the_targets(augment, processor):
             if "input_boxes" in item:
                 box = item["input_boxes"][index].numpy() / 2  # of 64 pixels to masks of 32
                 np.testing.assert_allclose(box, [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1], atol=2)
-                continue
             for (x, y), label in zip(item["input_points"][index], item["input_labels"][index], strict=True):
                 near = target[max(0, int(y / 2) - 1) : int(y / 2) + 2, max(0, int(x / 2) - 1) : int(x / 2) + 2]
                 assert label == 0 or (near == 1).any()
@@ -70,5 +88,5 @@ def test_validation_asks_for_every_object_once(processor):
     samples = train_validation_parts([Array(blocks(), str(n)) for n in range(4)], MASK_SIDE, 0.5).validation
     items = ValidationSet(samples, ItemEncoder(processor, MASK_SIDE, Prompts("mixed")), objects=4)
     shapes = [len(items[index]["labels"]) for index in range(len(items))]
-    assert shapes == [4, 2, 4, 2] * 2
+    assert shapes == [4, 2, 4, 2]
     np.testing.assert_allclose(items[0]["input_points"][0, 0] * 48 / 64, [7, 7], atol=1.5)  # the middle of the block

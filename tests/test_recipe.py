@@ -17,6 +17,7 @@ from conftest import assert_same_outputs
 from labelled_images import blocks, save_pair
 from peft import PeftModel
 from safetensors.torch import load_file
+from torch.utils.data import default_collate
 from transformers import AutoModel, SamModel
 
 import finetune
@@ -24,8 +25,9 @@ from checkpoint_tools.outputs import MARKER
 from checkpoint_tools.staging import ROOT, SAM_TINY
 from finetuning.losses import MaskMetrics, object_scores
 from finetuning.model import load_base, trained
-from finetuning.prompts import Collator, ItemEncoder, Prompts, ValidationSet
+from finetuning.prompts import ItemEncoder, Prompts, ValidationSet
 from finetuning.recipe import read_data
+from finetuning.rounds import Prompting
 
 
 pytestmark = [
@@ -67,15 +69,16 @@ def whole_run(photos, tmp_path_factory) -> tuple[Path, dict, list[str]]:
     return output, run(output, *arguments, "--export", "merged", "stock"), arguments
 
 
-def mean_iou(model: torch.nn.Module, items: ValidationSet) -> float:
-    metrics = MaskMetrics()
+def validate(model: torch.nn.Module, items: ValidationSet) -> dict[str, float]:
+    prompting = Prompting()
+    metrics = MaskMetrics(prompting.validated)
     with torch.no_grad():
         for index in range(len(items)):
-            batch = Collator(False)([items[index]])
-            outputs = model(**{name: batch[name] for name in batch if name != "labels"})
-            scores = object_scores((outputs.iou_scores, outputs.pred_masks), batch["labels"])
+            batch = default_collate([items[index]])
+            predictions = prompting.predict_to_validate(model, batch, batch["labels"])
+            scores = object_scores(tuple(zip(*predictions.values(), strict=True)), batch["labels"])
             result = metrics(SimpleNamespace(predictions=scores), compute_result=index == len(items) - 1)
-    return result["iou"]
+    return result
 
 
 def test_leaves_everything_behind(whole_run):
@@ -108,14 +111,16 @@ def test_adapter_reloads_to_the_same_metrics(whole_run):
     model, processor = load_base(str(SAM_TINY))
     parts, _ = read_data(finetune.parse_args(arguments).data, MASK_SIDE, seed=0)
     items = ValidationSet(parts.validation, ItemEncoder(processor, MASK_SIDE, Prompts()))
-    assert metrics["before"]["iou"] == pytest.approx(mean_iou(model, items), abs=1e-6)
+    before, after = ({**metrics[when]} for when in ("before", "after"))
+    del before["loss"], after["loss"]
+    assert before == pytest.approx(validate(model, items), abs=1e-6)
     assert abs(metrics["before"]["iou"] - metrics["after"]["iou"]) > 1e-3
     for reloaded in (
         PeftModel.from_pretrained(model, output / "adapter"),
         AutoModel.from_pretrained(output / "merged", trust_remote_code=True),
         SamModel.from_pretrained(output / "sam"),
     ):
-        assert mean_iou(reloaded.eval(), items) == pytest.approx(metrics["after"]["iou"], abs=1e-6)
+        assert after == pytest.approx(validate(reloaded.eval(), items), abs=1e-6)
 
 
 def test_exported_stock_sam_gives_the_same_masks(whole_run):
@@ -189,7 +194,7 @@ def test_best_checkpoint_is_restored(photos, tmp_path):
 @pytest.mark.slow
 def test_two_processes_and_accumulation_equal_one_with_twice_the_batch(photos, tmp_path):
     """Launched from another folder, on a part of the images without divisors in common."""
-    arguments = [*photos, *SMALL_RUN, "--dropout", "0", "--prompt", "mixed"]
+    arguments = [*photos, *SMALL_RUN, "--dropout", "0", "--rounds", "2"]
     arguments += ["--eval-every", "1", "--steps", "3"]
     one = run(tmp_path / "one", *arguments, "--batch-size", "2")
     accumulated = run(tmp_path / "accumulated", *arguments, "--batch-size", "1", "--accumulate", "2")
@@ -200,7 +205,7 @@ def test_two_processes_and_accumulation_equal_one_with_twice_the_batch(photos, t
     assert process.returncode == 0, process.stderr
     assert process.stdout.count("trainable params") == 1, "only one process reports"
     two = json.loads((tmp_path / "two" / "metrics.json").read_text())
-    assert two["before"]["objects"] == one["before"]["objects"] == 2 * one["objects"]["validation"]
+    assert two["before"]["objects"] == one["before"]["objects"] == one["objects"]["validation"]
     for metrics in (accumulated, two):
         assert losses(metrics) == pytest.approx(losses(one), abs=1e-5)
         assert metrics["before"]["iou"] == pytest.approx(one["before"]["iou"], abs=1e-6)
