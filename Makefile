@@ -4,7 +4,7 @@ PYTEST ?=
 
 BIN := .venv/newest/bin
 
-.PHONY: demo test test-all quality style bench clean
+.PHONY: demo test test-all quality style bench notebook clean
 
 # Fine-tunes BASE (a folder or a Hub id) on half of the coins of a photograph and shows the other half.
 demo: .venv/newest/installed
@@ -35,6 +35,11 @@ style: .venv/newest/installed
 BENCH ?=
 bench: .venv/newest/installed
 	$(BIN)/python -m benchmarks.bench $(BENCH)
+
+# Runs the notebook's script, and keeps what it prints and draws in the notebook.
+notebook: .venv/newest/installed
+	$(BIN)/jupytext --quiet --to ipynb examples/finetune_sam.py
+	$(BIN)/jupyter-execute --inplace examples/finetune_sam.ipynb
 
 clean:
 	rm -rf .venv build
