@@ -1,89 +1,110 @@
-"""Reads image and mask files into arrays."""
+"""Reads image and mask files into arrays: with Pillow where it can, with tifffile what Pillow cannot."""
 
 from pathlib import Path
 
 import numpy as np
-import tifffile
-from PIL import Image, ImageOps
+
+from .decoding import ImageReading, Pixels, number_of, open_image, page_count, page_index, pillow_pixels, raw_mode
+from .intensities import IntensityError, with_8_bits
+from .tiff import read_tiff
 
 
 TIFF_SUFFIXES = (".tif", ".tiff")
-MASK_SUFFIXES = (".png", *TIFF_SUFFIXES)
+MASK_SUFFIXES = (".png", ".bmp", ".webp", *TIFF_SUFFIXES)
 IMAGE_SUFFIXES = (".jpg", ".jpeg", *MASK_SUFFIXES)
 
 
-def read_image(path: Path) -> np.ndarray:
-    """Returns an image file as (H, W, 3) uint8; 16-bit pixels are scaled linearly from [min, max] to [0, 255].
+def read_image(path: Path, reading: ImageReading = ImageReading(), page: int | None = None) -> np.ndarray:  # noqa: B008
+    """Returns an image as (H, W, 3) uint8, upright, with the colours of Pillow's `convert("RGB")`.
+
+    Args:
+        path: The file.
+        reading: How to read it.
+        page: Which page of the file, from 0; None for what `reading` says.
 
     Raises:
-        ValueError: If it cannot be read, or is no such image.
+        ValueError: If it cannot be read, or it is not clear which of its pages or bands are the image.
     """
-    pixels = read_pixels(path, convert_palette=True)
-    if pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[2] > 4):
-        raise ValueError(f"{path}: expected one grey, RGB or RGBA image, got an array of shape {pixels.shape}.")
-    pixels = as_rgb(pixels)
-    if pixels.dtype == np.uint16:
-        low, high = int(pixels.min()), int(pixels.max())
-        pixels = ((pixels.astype(np.float32) - low) * (255 / max(high - low, 1)) + 0.5).astype(np.uint8)
-    elif pixels.dtype == bool:
-        pixels = pixels.astype(np.uint8) * 255
-    elif pixels.dtype != np.uint8:
-        raise ValueError(f"{path}: expected uint8 or uint16 pixels, got {pixels.dtype}.")
-    return pixels
+    return rgb_of(read_pixels(path, reading, page), reading, path)
+
+
+def rgb_of(pixels: Pixels, reading: ImageReading, path: Path) -> np.ndarray:
+    """Returns pixels as (H, W, 3) uint8.
+
+    Raises:
+        ValueError: If it is not clear which bands are red, green and blue.
+    """
+    values = pixels.values if pixels.values.ndim == 3 else pixels.values[..., None]
+    bands = values.shape[2]
+    together = pixels.bands_are_colours  # one scale for all three, which keeps the hues
+    if reading.channels:
+        if max(reading.channels) > bands:
+            given = " ".join(map(str, reading.channels))
+            raise ValueError(f"{path}: --channels {given}: the image has {number_of(bands, 'band')}.")
+        values = values[..., [channel - 1 for channel in reading.channels]]
+    elif bands > 1 and not pixels.bands_are_colours:
+        raise ValueError(
+            f"{path}: it has {bands} bands, and does not say which are colours. Choose three of them with --channels, "
+            f"as in --channels {' '.join(str(min(n, bands)) for n in (1, 2, 3))}, or one: --channels 1."
+        )
+    try:
+        values = with_8_bits(values, reading.intensity, together)
+    except IntensityError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return as_rgb(values)
 
 
 def as_rgb(pixels: np.ndarray) -> np.ndarray:
-    """Grey (H, W), or (H, W, channels) with or without alpha, as (H, W, 3)."""
-    if pixels.ndim == 2 or pixels.shape[2] < 3:
-        grey = pixels if pixels.ndim == 2 else pixels[..., 0]
-        return np.stack([grey] * 3, axis=-1)
-    return np.ascontiguousarray(pixels[..., :3])
+    """Grey (H, W), or one to three bands (H, W, bands), as (H, W, 3). Of two bands, blue is 0."""
+    if pixels.ndim == 2 or pixels.shape[2] == 1:
+        return np.repeat(pixels.reshape(*pixels.shape[:2], 1), 3, axis=2)
+    if pixels.shape[2] == 2:
+        return np.concatenate([pixels, np.zeros_like(pixels[..., :1])], axis=2)
+    return np.ascontiguousarray(pixels)
 
 
-def read_mask(path: Path) -> np.ndarray:
-    """Returns a label image (H, W).
+def read_mask(path: Path, reading: ImageReading = ImageReading(), page: int | None = None) -> np.ndarray:  # noqa: B008
+    """Returns a label image (H, W) of integers, as the file has them, upright.
 
     Raises:
         ValueError: If it cannot be read, or its pixels are not one integer each.
     """
-    labels = read_pixels(path, convert_palette=False)
-    if labels.ndim == 3 and labels.shape[2] == 1:
-        labels = labels[..., 0]
+    return labels_of(read_pixels(path, reading, page, as_labels=True), path)
+
+
+def labels_of(pixels: Pixels, path: Path) -> np.ndarray:
+    """Returns the one integer (H, W) of each pixel. Bands that are all equal are one.
+
+    Raises:
+        ValueError: If the pixels are not one integer each.
+    """
+    labels = pixels.values
+    if labels.ndim == 3:
+        if labels.shape[2] in (2, 4) and (labels[..., -1] == np.iinfo(labels.dtype).max).all():
+            labels = labels[..., :-1]  # opaque
+        if labels.shape[2] in (1, 3) and (labels == labels[..., :1]).all():
+            labels = labels[..., 0]
     if labels.ndim != 2 or labels.dtype.kind not in "biu":
         raise ValueError(
             f"{path}: expected a 2-D integer mask (0 = background, one number per object), got shape {labels.shape} "
             f"and dtype {labels.dtype}."
         )
-    if labels.size and labels.min() < 0:
-        raise ValueError(f"{path}: negative label {labels.min()}; labels must be 0 (background) or positive.")
-    return labels.astype(np.int64)
+    return labels
 
 
-def read_pixels(path: Path, convert_palette: bool) -> np.ndarray:
-    """Returns the pixels of an image file unchanged, except that EXIF orientation is applied.
+def read_pixels(path: Path, reading: ImageReading, page: int | None = None, as_labels: bool = False) -> Pixels:
+    """Returns the pixels of an image file, upright; with `as_labels`, those of a palette as indices.
 
     Raises:
-        ValueError: If it cannot be read.
+        ValueError: If it cannot be read, is too large, or has several pages.
     """
     try:
         if path.suffix.lower() in TIFF_SUFFIXES:
-            return read_tiff(path)
-        with Image.open(path) as file:
-            if file.mode != "I;16" and str(file.tile[0][3]).endswith(";16B"):  # Pillow would drop the lower 8 bits
+            return read_tiff(path, reading, page, as_labels)
+        with open_image(path, reading) as file:
+            index = page_index(page_count(file), reading, page)
+            if file.mode != "I;16" and raw_mode(file).endswith(";16B"):  # Pillow would drop the lower 8 bits
                 raise ValueError("it has 16 bits per colour; save it as TIFF, or with 8.")
-            image = ImageOps.exif_transpose(file)
-            if image.mode == "CMYK" or (convert_palette and image.mode == "P"):
-                image = image.convert("RGB")
-            return np.array(image)  # a copy, as torchvision warns of arrays that are not writable
+            return pillow_pixels(file, index, as_labels)
     except Exception as error:  # decoders raise many exception types
         raise ValueError(f"{path}: cannot be read: {error}") from error
-
-
-def read_tiff(path: Path) -> np.ndarray:
-    """Returns the pixels of a TIFF file of one page, (H, W) or (H, W, channels)."""
-    with tifffile.TiffFile(path) as file:
-        if len(file.pages) != 1:
-            raise ValueError(f"it has {len(file.pages)} pages; expected one.")
-        page = file.pages.first
-        one_plane_after_the_other = page.planarconfig == tifffile.PLANARCONFIG.SEPARATE and page.ndim == 3
-        return np.moveaxis(page.asarray(), 0, 2) if one_plane_after_the_other else page.asarray()

@@ -73,7 +73,7 @@ class Predictor:
     @torch.no_grad()
     def encode(self, image: np.ndarray) -> EncodedImage:
         """Runs the vision encoder on an image (H, W, 3) uint8."""
-        inputs = self.processor(images=[image], return_tensors="pt")
+        inputs = self.processor(images=[image], input_data_format="channels_last", return_tensors="pt")
         pixel_values = inputs["pixel_values"].to(self.model.device, self.model.dtype)
         height, width = inputs["reshaped_input_sizes"][0].tolist()
         return EncodedImage(self.model.get_image_embeddings(pixel_values), image.shape[:2], (height, width))

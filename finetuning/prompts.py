@@ -68,7 +68,7 @@ class ItemEncoder:
             told["input_points"], told["input_labels"] = [[list(part)] for part in zip(*drawn, strict=True)]
         if prompts.kind != "point":
             told["input_boxes"] = [[draw_box(mask, prompts.jitter if train else 0.0, rng) for mask in masks]]
-        inputs = self.processor(images=[image], return_tensors="pt", **told)
+        inputs = self.processor(images=[image], input_data_format="channels_last", return_tensors="pt", **told)
         encoded = {name: inputs[name][0] for name in ("pixel_values", *told)}
         for name in {"pixel_values", "input_points", "input_boxes"} & set(encoded):
             encoded[name] = encoded[name].float()

@@ -57,7 +57,7 @@ def prompted(
 ) -> np.ndarray:
     """Returns a mask for each point or box (objects, H, W), of several the one with the highest predicted IoU."""
     prompts = {"input_boxes": [boxes]} if boxes else {"input_points": [[[point] for point in points]]}
-    inputs = processor(images=[image], return_tensors="pt", **prompts)
+    inputs = processor(images=[image], input_data_format="channels_last", return_tensors="pt", **prompts)
     names = [name for name in ("pixel_values", "input_points", "input_boxes") if name in inputs]
     outputs = model(**{name: inputs[name].float().to(DEVICE) for name in names}, multimask_output=multimask)
     _, logits = best_rated(outputs.iou_scores, outputs.pred_masks)

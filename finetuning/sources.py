@@ -2,23 +2,14 @@
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
 from scipy import ndimage
 from skimage import data, filters, measure, morphology, segmentation
 
+from .decoding import DataError as DataError
 from .images import as_rgb
-
-
-class DataError(ValueError):
-    """Problems with the input files, one line per problem."""
-
-    def __init__(self, problems: Iterable[str], most: int = 20):
-        problems = list(problems)
-        more = [f"and {len(problems) - most} more"] if len(problems) > most else []
-        super().__init__("\n".join([*problems[:most], *more]))
 
 
 @dataclass

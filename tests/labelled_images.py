@@ -1,5 +1,7 @@
 """Small images with labelled objects, in memory and as files."""
 
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -40,3 +42,17 @@ def save_pair(folder: Path, stem: str, labels: np.ndarray) -> tuple[Path, Path]:
     Image.fromarray(np.stack([labels * 20 % 256] * 3, -1).astype(np.uint8)).save(paths[0])
     Image.fromarray(labels.astype(np.uint16)).save(paths[1])
     return paths
+
+
+def png(height: int, width: int, bits: int, colour_type: int, rows: bytes) -> bytes:
+    """A PNG by hand, of kinds that Pillow does not write."""
+    parts = {
+        b"IHDR": struct.pack(">IIBBBBB", width, height, bits, colour_type, 0, 0, 0),
+        b"IDAT": zlib.compress(rows),
+        b"IEND": b"",
+    }
+    chunks = (
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in parts.items()
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)

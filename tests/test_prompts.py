@@ -90,3 +90,14 @@ def test_validation_asks_for_every_object_once(processor):
     shapes = [len(items[index]["labels"]) for index in range(len(items))]
     assert shapes == [4, 2, 4, 2]
     np.testing.assert_allclose(items[0]["input_points"][0, 0] * 48 / 64, [7, 7], atol=1.5)  # the middle of the block
+
+
+@pytest.mark.parametrize("kind", ["point", "box"])
+@pytest.mark.parametrize("rows", [1, 3, 4])
+def test_images_of_few_rows_are_not_taken_for_channels_first(rows, kind, processor):
+    labels = np.zeros((rows, 40), dtype=np.uint8)
+    labels[:, 10:30] = 1
+    sample = Sample(Array(labels), np.s_[:, :], np.array([1]))
+    item = ValidationSet([sample], ItemEncoder(processor, MASK_SIDE, Prompts(kind)))[0]
+    lit = item["pixel_values"][0] != item["pixel_values"][0, -1, -1]
+    assert lit.any(1).sum() <= round(rows * 64 / 40) < lit.any(0).sum()
