@@ -5,11 +5,9 @@ python convert.py from-meta sam_vit_b_01ec64.pth SPLIT
 """
 
 import argparse
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from safetensors import SafetensorError
 from transformers.utils import logging
 
 from checkpoint_tools.adapter_conversions import adapter_to_fused, adapter_to_split, from_micro_sam, from_samed
@@ -20,7 +18,7 @@ from checkpoint_tools.conversions import (
     to_sam,
     to_split,
 )
-from checkpoint_tools.staging import one_line
+from checkpoint_tools.errors import one_line_errors
 
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -81,13 +79,12 @@ def main() -> None:
     logging.set_verbosity_error()
     arguments = vars(parse_args())
     function = arguments.pop("function")
-    try:
+    source = arguments.get("source", arguments.get("file"))
+    with one_line_errors(ValueError, RuntimeError, ImportError, prefix=f"convert.py: cannot convert {source}: "):
         error = function(**arguments)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as problem:
-        source = arguments.get("source", arguments.get("file"))
-        sys.exit(f"convert.py: cannot convert {source}: {one_line(problem)}")
     written = arguments.get("destination", arguments.get("file"))
-    print(f"Wrote {written}. Masks and scores for a fixed image differ by {error:.1e} of the largest value.")
+    difference = f"differ by {error:.1e} of the largest value" if error else "are equal"
+    print(f"Wrote {written}. Masks and scores for a fixed image {difference}.")
 
 
 if __name__ == "__main__":

@@ -4,29 +4,27 @@ python demo.py [--base checkpoints/sam-tiny]
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import huggingface_hub
-from safetensors import SafetensorError
 
 import finetune
 from checkpoint_tools.conversions import to_split
-from checkpoint_tools.staging import SAM_TINY, one_line
+from checkpoint_tools.errors import one_line_errors
+from checkpoint_tools.staging import SAM_TINY
+from finetuning.model import load_base
 
 
 def main() -> None:
     args = parse_args()
     huggingface_hub.logging.set_verbosity_error()  # else it logs every retry without a network
     repo = args.output / "sam-split"
-    try:
+    with one_line_errors(ValueError, RuntimeError, ImportError):
+        load_base(args.base)  # before anything is written, what fine-tuning needs is looked for, such as a processor
         error = to_split(args.base, repo, force=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as problem:
-        sys.exit(f"{args.base}: expected a stock SAM v1 checkpoint: {one_line(problem)}")
     print(f"Wrote a model repo from {args.base} to {repo}.")
-    print(
-        f"The split model against stock: outputs differ by {error:.1e} at most, relative to the largest.", flush=True
-    )
+    difference = f"differ by {error:.1e} at most, relative to the largest" if error else "are equal"
+    print(f"The split model against stock: outputs {difference}.", flush=True)
     options = ["--base", str(repo), "--steps", str(args.steps), "--minutes", str(args.minutes)]
     finetune.main([*options, "--output", str(args.output / "finetune"), "--force", "--export", "stock"])
 

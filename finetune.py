@@ -10,6 +10,7 @@ run writes such a file, run.yaml, that repeats it.
 
 import sys
 
+from checkpoint_tools.errors import one_line_errors
 from finetuning.model import ModelError
 from finetuning.options import parse
 from finetuning.recipe import finetune
@@ -19,10 +20,8 @@ from finetuning.sources import DataError
 
 def main(arguments: list[str] | None = None) -> None:
     settings = parse_args(arguments)
-    try:
+    with one_line_errors(DataError, ModelError, SettingsError, ImportError):
         finetune(settings)
-    except (DataError, ModelError, SettingsError, FileExistsError) as error:
-        sys.exit(str(error))
 
 
 def parse_args(arguments: list[str] | None = None) -> Settings:

@@ -6,28 +6,37 @@ python segment.py photo.png --everything --base build/finetune/merged
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 from transformers.utils import is_torchvision_available
 
+from checkpoint_tools.errors import one_line_errors
+from checkpoint_tools.outputs import require_replaceable
 from finetuning.images import read_image
-from finetuning.segmentation import check_prompts, everything, load, prompted, write_pictures
+from finetuning.segmentation import (
+    PICTURE,
+    check_prompts,
+    everything,
+    load,
+    picture_paths,
+    prompted,
+    write_pictures,
+)
 
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_args(arguments)
-    try:
+    with one_line_errors(ValueError, ImportError):
+        for path in picture_paths(args.output):
+            require_replaceable(path, PICTURE, args.force, sources=(args.image,))
         image = read_image(args.image)
         check_prompts(args.point, args.box, image)
         model, processor = load(args.base, args.revision, args.adapter)
-    except ValueError as error:
-        sys.exit(str(error))
-    if args.everything:
-        masks = everything(model, processor, image, args.grid, args.min_iou, args.min_stability)
-    else:
-        masks = prompted(model, processor, image, args.point, args.box, args.multimask)
-    overlay_path, labels_path = write_pictures(image, masks, args.output)
+        if args.everything:
+            masks = everything(model, processor, image, args.grid, args.min_iou, args.min_stability)
+        else:
+            masks = prompted(model, processor, image, args.point, args.box, args.multimask)
+        overlay_path, labels_path = write_pictures(image, masks, args.output, args.force)
     print(f"{len(masks)} objects: {overlay_path}, {labels_path}")
 
 
@@ -50,6 +59,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--revision", help="of the base, on the Hub")
     parser.add_argument("--adapter", help="folder or Hub id of an adapter")
     parser.add_argument("--output", type=Path, default=Path("build/segment"), help="prefix of the output files")
+    parser.add_argument("--force", action="store_true", help="replace pictures of an earlier run")
     args = parser.parse_args(arguments)
     if args.everything == bool(args.point or args.box):
         parser.error("expected --point, --box or --everything.")

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import importlib.util
 import os
 import pickle
 import re
@@ -71,13 +70,3 @@ def error_number(error: BaseException) -> int | None:
     if re.search(TORCH_COULD_NOT_WRITE, message) or os.strerror(errno.ENOSPC) in message:
         return errno.ENOSPC
     return error_number(error.__cause__) if error.__cause__ else None
-
-
-def require_packages(*names: str, purpose: str) -> None:
-    """Checks, before work starts, that packages are installed.
-
-    Raises:
-        ImportError: If one is not. The message says how to install it.
-    """
-    if missing := [name for name in names if importlib.util.find_spec(name) is None]:
-        raise ImportError(f"{purpose} needs {', '.join(missing)}: pip install {' '.join(missing)}.")

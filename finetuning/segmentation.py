@@ -8,12 +8,14 @@ from PIL import Image
 from transformers import PreTrainedModel, SamProcessor, pipeline
 
 from checkpoint_tools.masks import best_rated
+from checkpoint_tools.outputs import png_mark, staged_file
 from checkpoint_tools.staging import SAM_TINY
 
 from .model import load_adapted, load_base
 from .pictures import overlay
 
 
+PICTURE = "picture of masks"  # the kind of output
 DEVICE = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
 
 
@@ -94,10 +96,19 @@ def as_labels(masks: np.ndarray) -> np.ndarray:
     return labels
 
 
-def write_pictures(image: np.ndarray, masks: np.ndarray, output: Path) -> tuple[Path, Path]:
-    """Writes an overlay and a label image, whose names begin with `output`, and returns their paths."""
-    overlay_path, labels_path = (output.with_name(f"{output.name}-{kind}.png") for kind in ("masks", "labels"))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(overlay(image, masks)).save(overlay_path)
-    Image.fromarray(as_labels(masks)).save(labels_path)
-    return overlay_path, labels_path
+def picture_paths(output: Path) -> tuple[Path, Path]:
+    """Returns the paths of the overlay and of the label image, whose names begin with `output`."""
+    return output.with_name(f"{output.name}-masks.png"), output.with_name(f"{output.name}-labels.png")
+
+
+def write_pictures(image: np.ndarray, masks: np.ndarray, output: Path, force: bool = False) -> tuple[Path, Path]:
+    """Writes an overlay and a label image, and returns their paths.
+
+    Raises:
+        FileExistsError: If one is there already and, with `force`, is no picture of an earlier run.
+    """
+    paths = picture_paths(output)
+    for path, picture in zip(paths, (overlay(image, masks), as_labels(masks)), strict=True):
+        with staged_file(path, PICTURE, force) as file:
+            Image.fromarray(picture).save(file, pnginfo=png_mark(PICTURE))
+    return paths

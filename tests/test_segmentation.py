@@ -77,6 +77,20 @@ def test_an_adapter_brings_its_base(coins, tmp_path, monkeypatch):
         run(coins, *POINTS, "--adapter", "adapter", "--output", "damaged")
 
 
+def test_pictures_replace_only_those_of_an_earlier_run(coins, tmp_path):
+    run(coins, *POINTS, "--output", tmp_path / "photo")
+    with pytest.raises(SystemExit, match=r"photo-masks\.png exists: .* --force"):
+        run(coins, *POINTS, "--output", tmp_path / "photo")
+    run(coins, *POINTS, "--output", tmp_path / "photo", "--force")
+    mine = tmp_path / "mine-labels.png"
+    mine.write_bytes(coins.read_bytes())
+    with pytest.raises(SystemExit, match=r"mine-labels\.png is not marked as an earlier output"):
+        run(coins, *POINTS, "--output", tmp_path / "mine", "--force")
+    with pytest.raises(SystemExit, match="which is read, are the same"):
+        run(mine, *POINTS, "--output", tmp_path / "mine", "--force")
+    assert mine.read_bytes() == coins.read_bytes()
+
+
 @pytest.mark.parametrize(
     ("options", "thresholds"),
     [
