@@ -4,7 +4,7 @@ import ast
 import json
 import sys
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,27 +48,42 @@ def verify(repo: str, base: Path, revision: str | None = None) -> dict[str, Any]
 
 
 def stock_model(base: Path) -> PreTrainedModel:
-    """Returns `base` as a stock `SamModel` in fp32, fusing q, k and v if it is split."""
+    """Returns `base` as a stock `SamModel` in fp32, fusing q, k and v if it is split.
+
+    Raises:
+        ValueError: If weights are missing, which `SamModel` would initialise.
+    """
     weights = Weights(base)
     settings = json.loads((base / "config.json").read_text(encoding="utf-8"))
     if settings["model_type"] == "sam" and not any(".attn.q." in name for name in weights):
-        return SamModel.from_pretrained(base, dtype=torch.float32)
+        model, report = SamModel.from_pretrained(base, dtype=torch.float32, output_loading_info=True)
+        require_complete(base, report["missing_keys"])
+        return model
     vision = {**settings["vision_config"], "model_type": "sam_vision_model"}
     config = SamConfig.from_dict({**settings, "model_type": "sam", "vision_config": vision, "dtype": "float32"})
     with torch.device("meta"):
         model = SamModel(config)
-    state_dict = {}
+    parts = {}
     for name in model.state_dict():
-        if name in weights:
-            parts = [name]
-        elif name in TIED:
-            parts = [other for other in TIED if other in weights]
+        if ".attn.qkv." in name and name not in weights:
+            parts[name] = [name.replace(".attn.qkv.", f".attn.{part}.") for part in "qkv"]
         else:
-            parts = [name.replace(".attn.qkv.", f".attn.{part}.") for part in "qkv"]
-        state_dict[name] = torch.cat([weights[part].float() for part in parts])
+            parts[name] = [place for place in TIED if place in weights][:1] if name in TIED else [name]
+    require_complete(base, {part for name, own in parts.items() for part in own or [name]} - weights.keys())
+    state_dict = {name: torch.cat([weights[part].float() for part in own]) for name, own in parts.items()}
     model.load_state_dict(state_dict, assign=True)
     model.tie_weights()
     return model
+
+
+def require_complete(folder: Path, missing: Collection[str]) -> None:
+    """Checks that `missing` is empty.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if missing:
+        raise ValueError(f"{folder} is no complete SAM. Weights missing: {', '.join(sorted(missing))}.")
 
 
 def compare_weights(folder: Path, base: Path) -> None:
