@@ -107,7 +107,8 @@ def foreign_objects(file: Path, message: str) -> list[str]:
     except Exception:  # the old format, or damage
         names = re.findall(r"GLOBAL (\S+) was not an allowed global", message)
     allowed = {name for entry in NUMPY_DATA if isinstance(entry, tuple) for name in entry[1:]}
-    return sorted(name for name in {*names} - allowed if not name.startswith("numpy"))
+    names = [name for name in {*names} - allowed if re.fullmatch(r"\w[\w.]*\.\w+", name)]  # damage makes others
+    return sorted(name for name in names if not name.startswith("numpy."))
 
 
 def unwrapped(content: Any, file: Path) -> tuple[Mapping[str, torch.Tensor], str, list[Any]]:
