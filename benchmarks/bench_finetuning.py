@@ -30,7 +30,7 @@ PARTS = {
         "last 3 of 6 layers": ["--last-layers", "3"],
         "last layer": ["--last-layers", "1"],
     },
-    "sides": {f"{side} × {side}": ["--image-size", str(side)] for side in (96, 128, 192, 256)},
+    "sides": {f"side {side}": ["--image-size", str(side)] for side in (96, 128, 192, 256)},
 }
 
 
