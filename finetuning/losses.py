@@ -1,6 +1,6 @@
 """Training loss and validation metrics, per object, at the resolution of the predicted masks."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -122,10 +122,12 @@ class MaskMetrics:
 
     Args:
         kinds: Names of the kinds of prompts.
+        others: Returns more metrics, by name.
     """
 
-    def __init__(self, kinds: Sequence[str]) -> None:
+    def __init__(self, kinds: Sequence[str], others: Callable[[], dict[str, float]] | None = None) -> None:
         self.kinds = kinds
+        self.others = others
         self.scores: list[torch.Tensor] = []
 
     def __call__(self, prediction: EvalPrediction, compute_result: bool) -> dict[str, float]:
@@ -144,4 +146,5 @@ class MaskMetrics:
             "share_over_iou_0.75": (iou > 0.75).double().mean().item(),
             "iou_head_error": rating_error.mean().item(),
             "objects": len(iou),
+            **(self.others() if self.others else {}),
         }

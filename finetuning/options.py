@@ -11,6 +11,8 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
+from checkpoint_tools.staging import SAM_TINY, one_line
+
 from .settings import (
     DataSettings,
     ModelSettings,
@@ -42,13 +44,21 @@ def parse(arguments: Sequence[str], description: str | None = None) -> Settings:
     try:
         if arguments and arguments[0].endswith(FILE_SUFFIXES):
             arguments[:1] = read_file(Path(arguments[0]), parser)
+        arguments = [*implied(vars(parser.parse_args(arguments))), *arguments]
         options = vars(parser.parse_args(arguments))
         data, prompts, model, output, training = parser.parse_args_into_dataclasses(
             arguments, look_for_args_file=False
         )
+        return Settings(data, prompts, model, training, output, kept(options))
     except (ValueError, ImportError) as error:  # also those of TrainingArguments
-        parser.error(" ".join(str(error).split()))
-    return Settings(data, prompts, model, training, output, kept(options))
+        return parser.error(one_line(error))
+
+
+def implied(options: dict[str, Any]) -> list[str]:
+    """Returns the defaults that depend on other settings, as arguments of the command line."""
+    rate = 1e-4 if options["method"] == "full" else 1e-3
+    is_sam_tiny = Path(options["base"]).resolve() == SAM_TINY
+    return [*as_arguments("learning_rate", rate), *as_arguments("image_size", 192 if is_sam_tiny else None)]
 
 
 def read_file(file: Path, parser: argparse.ArgumentParser) -> list[str]:

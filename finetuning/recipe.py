@@ -1,10 +1,8 @@
 """The fine-tuning recipe: trains an adapter or a model from settings, evaluates it, and resumes interrupted runs."""
 
-import hashlib
-import json
 import sys
 import time
-from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import psutil
@@ -12,25 +10,15 @@ import torch
 from peft import PeftModel
 from transformers import set_seed
 
-from checkpoint_tools.outputs import staged
-
 from .coco import coco_images
 from .folders import paired_files
 from .model import four_bits, load_base, make_trainable
-from .options import write_file
 from .results import write_results
+from .runs import opened_run
 from .samples import TrainValidationParts, train_validation_parts
 from .settings import DataSettings, Settings, SettingsError
 from .sources import Coins
-from .training import build_trainer, metrics_of
-
-
-# Settings that may change on resume, because they do not affect the result.
-NOT_PART_OF_THE_RUN = {
-    *("resume", "force", "export", "output_dir", "minutes", "dataloader_num_workers", "report_to", "run_name"),
-    *("push_to_hub", "hub_model_id", "hub_token", "hub_private_repo", "hub_revision"),
-}
-NOT_REPEATED = {"resume", "force", "hub_token"}  # in run.yaml
+from .training import PromptTrainer, build_trainer, metrics_of
 
 
 def finetune(settings: Settings) -> None:
@@ -42,7 +30,7 @@ def finetune(settings: Settings) -> None:
         SettingsError: If the settings do not fit the machine, or the run to be resumed.
         FileExistsError: If the output folder is in use.
     """
-    training, folder = settings.training, settings.folder
+    training = settings.training
     is_main = training.process_index == 0
     say = print if is_main else lambda *_: None
     huggingface_hub.logging.set_verbosity_error()  # otherwise it logs every retry when offline
@@ -61,40 +49,49 @@ def finetune(settings: Settings) -> None:
     model = make_trainable(model, settings.model)
     trainable, total = parameter_counts(model)
     say(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
-    checkpoint = start(settings, parts, is_main)
-
-    # Do not call `trainer.evaluate()` before `train()`: accelerate would skip wrapping the model in DDP, and ranks
-    # would diverge.
-    training.eval_on_start = checkpoint is None
-    trainer = build_trainer(settings, model, processor, parts, mask_side)
-    started, cpu_started, loaded = time.perf_counter(), time.process_time(), peak_memory()
-    trainer.train(resume_from_checkpoint=checkpoint)
-    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
-    before = metrics_of(next(entry for entry in trainer.state.log_history if "eval_iou" in entry))
-    after = metrics_of(trainer.evaluate())
-
-    weights = folder / ("adapter" if isinstance(model, PeftModel) else "model")
-    trainer.save_model(str(weights))  # on all ranks: each may hold a shard
-    if not is_main:
-        return
-    (weights / "training_args.bin").unlink()  # a pickle that only Trainer reads
-    metrics = {
+    facts = {
         "base": settings.model.base,
         "revision": settings.model.revision,
         "data": about_data,
         "prompts": settings.prompts.prompts,
         "objects": objects,
         "trainable_parameters": trainable,
-        "before": before,
-        "after": after,
-        "steps": trainer.state.global_step,
-        "best_step": trainer.state.best_global_step,
+    }
+    with opened_run(settings, parts, is_main) as checkpoint:
+        trainer = build_trainer(settings, model, processor, parts, mask_side)
+        metrics = facts | train(trainer, checkpoint)
+        weights = settings.folder / ("adapter" if isinstance(model, PeftModel) else "model")
+        trainer.save_model(str(weights))  # on all ranks: each may hold a shard
+        if is_main:
+            (weights / "training_args.bin").unlink()  # a pickle that only Trainer reads
+            write_results(settings, weights, metrics, parts, trainer)
+
+
+def train(trainer: PromptTrainer, checkpoint: str | None) -> dict[str, Any]:
+    """Trains, loads the best weights, and returns what was measured.
+
+    Do not call `trainer.evaluate()` before `train()`: accelerate would skip wrapping the model in DDP, and ranks would
+    diverge.
+    """
+    trainer.args.eval_on_start = checkpoint is None
+    started, cpu_started, loaded = time.perf_counter(), time.process_time(), peak_memory()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
+    state, name = trainer.state, f"eval_{trainer.args.metric_for_best_model}"
+    before = next(entry for entry in state.log_history if name in entry)
+    best, greater = state.best_metric, trainer.args.greater_is_better
+    return {
+        "before": metrics_of(before),
+        "after": metrics_of(trainer.evaluate()),
+        "selected_by": trainer.args.metric_for_best_model,
+        "better_than_base": best > before[name] if greater else best < before[name],
+        "steps": state.global_step,
+        "best_step": state.best_global_step,
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,
         "peak_gigabytes": (peak_memory() - loaded) / 1e9,  # relative to memory after loading
-        "history": trainer.state.log_history,
+        "history": state.log_history,
     }
-    write_results(settings, weights, metrics, trainer.eval_dataset, trainer.prompting)
 
 
 def require_login(token: str | None) -> None:
@@ -135,55 +132,6 @@ def parameter_counts(model: torch.nn.Module) -> tuple[int, int]:
     if isinstance(model, PeftModel):
         return model.get_nb_trainable_parameters()
     return sum(p.numel() for p in model.parameters() if p.requires_grad), sum(p.numel() for p in model.parameters())
-
-
-def start(settings: Settings, parts: TrainValidationParts, is_main: bool) -> str | None:
-    """Writes the settings into the output folder; with `resume`, returns the checkpoint to continue from.
-
-    Raises:
-        SettingsError: If the interrupted run had other settings.
-        FileExistsError: If the folder is in use, or belongs to something else.
-    """
-    output = settings.folder
-    file = output / "settings.json"
-    run = {name: value for name, value in settings.options.items() if name not in NOT_PART_OF_THE_RUN}
-    run |= {"processes": settings.training.world_size, "data": digest(parts)}
-    if settings.output.resume and file.exists():
-        earlier = json.loads(file.read_text())
-        names = [*run, *(name for name in earlier if name not in run)]
-        if changed := [name for name in names if run.get(name) != earlier.get(name)]:
-            differences = ", ".join(f"{name} {earlier.get(name)} then and {run.get(name)} now" for name in changed)
-            raise SettingsError(f"--resume: {output} was started with other settings: {differences}.")
-        # trainer_state.json is written last: a checkpoint without it is incomplete.
-        complete = [state.parent for state in output.glob("checkpoint-*/trainer_state.json")]
-        if not complete:
-            return None
-        last = max(complete, key=lambda folder: int(folder.name.split("-")[1]))
-        best = json.loads((last / "trainer_state.json").read_text())["best_model_checkpoint"]
-        if best and not Path(best).is_dir():  # otherwise transformers would silently export the last weights
-            raise SettingsError(
-                f"--resume: the best checkpoint {best} does not exist: move {output} back, or run from the "
-                "original working directory."
-            )
-        return str(last)
-    if is_main:
-        # Start in a new folder, so that checkpoints of an earlier run are not mistaken for this run's.
-        sources = (settings.data.images, settings.data.masks, settings.data.coco, settings.model.base)
-        with staged(output, "fine-tuning run", settings.output.force, sources, grows=True) as folder:
-            (folder / file.name).write_text(json.dumps(run, indent=2) + "\n")
-            repeated = {name: value for name, value in settings.options.items() if name not in NOT_REPEATED}
-            write_file(repeated, folder / "run.yaml")
-    return None
-
-
-def digest(parts: TrainValidationParts) -> str:
-    """Returns a hash of the samples. With other data, a resumed run could validate on objects it was trained on."""
-    samples = [
-        (name, Path(sample.source.name).name, str(sample.window), sample.ids.tolist())
-        for name in ("train", "validation")
-        for sample in getattr(parts, name)
-    ]
-    return hashlib.sha256(json.dumps(samples).encode()).hexdigest()[:12]
 
 
 def peak_memory() -> float:

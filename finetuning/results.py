@@ -18,23 +18,29 @@ from checkpoint_tools.outputs import staged
 from .model import load_base, trained
 from .overlaps import mask_of
 from .pictures import plot_curves, plot_masks
+from .predictor import Predictor
 from .prompts import OUTSIDE, ValidationSet
 from .rounds import POINT, Prompting, Rounds
+from .samples import TrainValidationParts
 from .settings import ModelSettings, Settings, TrainingSettings
+from .thresholds import labelled_images, sweep_thresholds
+from .training import PromptTrainer, segmentation_settings
 
 
 NUM_PICTURES = 3
 
 
 def write_results(
-    settings: Settings, weights: Path, metrics: dict[str, Any], validation: ValidationSet, prompting: Prompting
+    settings: Settings, weights: Path, metrics: dict[str, Any], parts: TrainValidationParts, trainer: PromptTrainer
 ) -> None:
     """Writes metrics, pictures and exports of what is in `weights` to the output folder, and prints their paths."""
-    output = settings.folder
+    output, validation, prompting = settings.folder, trainer.eval_dataset, trainer.prompting
     (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     card(settings.model, metrics, is_adapter=weights.name == "adapter").save(weights / "README.md")
     before, after = metrics["before"]["iou"], metrics["after"]["iou"]
     print(f"Mean IoU on the validation objects: {before:.3f} before, {after:.3f} after.")
+    if not metrics["better_than_base"]:
+        print(f"Warning: {worse_than_base(metrics)}")
     print(f"{weights.name.capitalize()}: {weights}")
 
     base, processor = load_base(settings.model.base, settings.model.revision, image_size=settings.model.image_size)
@@ -43,6 +49,15 @@ def write_results(
     model = trained(base, weights).eval()
     if weights.name == "model":
         processor.save_pretrained(weights)
+    how_to_segment = segmentation_settings(settings)
+    sweep = sweep_thresholds(
+        Predictor(model.to(settings.training.device), processor),
+        labelled_images([*parts.train, *parts.validation]),
+        how_to_segment,
+    )
+    sweep.settings.save(weights)
+    print(sweep)
+    model.cpu()
     masks["after"] = [predict(model, validation, index, prompting)[0] for index in shown]
     rows = [
         picture_row(validation, index, prompting, {title: masks[title][row] for title in masks})
@@ -71,6 +86,15 @@ def write_results(
         )
     if settings.training.hub_model_id:
         push(weights, settings.training.hub_model_id, settings.training)
+
+
+def worse_than_base(metrics: dict[str, Any]) -> str:
+    """A sentence."""
+    name = metrics["selected_by"]
+    return (
+        f"no checkpoint is better than the base by {name.replace('_', ' ')}: {metrics['before'][name]:.3f} before, "
+        f"{metrics['after'][name]:.3f} after. Train with more images, for more steps, or with a lower --learning-rate."
+    )
 
 
 def push(folder: Path, repo_id: str, settings: TrainingSettings) -> None:
@@ -123,7 +147,8 @@ def card(settings: ModelSettings, metrics: dict[str, Any], is_adapter: bool) -> 
     )
     rows = [
         f"| {name.replace('_', ' ')} | {metrics['before'][name]:.3f} | {metrics['after'][name]:.3f} |"
-        for name in ("iou", "dice", "share_over_iou_0.5", "share_over_iou_0.75", "iou_head_error")
+        for name in metrics["before"]
+        if name not in ("loss", "objects")
     ]
     lines = [
         f"---\n{data.to_yaml()}\n---",
@@ -133,6 +158,7 @@ def card(settings: ModelSettings, metrics: dict[str, Any], is_adapter: bool) -> 
         f"{metrics['objects']['train']} training objects, {metrics['objects']['validation']} validation objects.",
         f"Best of {metrics['steps']} steps, prompts: {metrics['prompts']}. On the validation objects, at the "
         "resolution of the model's masks:",
+        *([] if metrics["better_than_base"] else [f"**Do not use it:** {worse_than_base(metrics)}"]),
         "\n".join(["| | before | after |", "|---|---|---|", *rows]),
     ]
     return ModelCard("\n\n".join(lines) + "\n")

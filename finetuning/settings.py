@@ -12,6 +12,12 @@ from transformers.hf_argparser import HfArg
 
 from checkpoint_tools.staging import SAM_TINY
 
+from .rounds import Prompting
+
+
+AUTOMATIC = "automatic"
+OTHER_METRICS = ("dice", "share_over_iou_0.5", "share_over_iou_0.75", "iou_head_error")
+
 
 class SettingsError(ValueError):
     """Settings that are out of range or contradict each other."""
@@ -46,7 +52,8 @@ class DataSettings:
         if bool(self.images) != bool(self.coco or self.masks):
             raise SettingsError("expected --images together with --masks or --coco, or none of them for the coins.")
         require_share(self, "validation", above_0=True)
-        require_share(self, "overlap")
+        if not 0 <= self.overlap <= 0.9:
+            raise SettingsError(f"--overlap {self.overlap}: expected a share from 0 to 0.9.")
         require_at_least(1, self, "tile")
         require_at_least(0, self, "min_area")
 
@@ -91,7 +98,9 @@ class ModelSettings:
 
     base: str = HfArg(default=str(SAM_TINY), help="folder or Hub id of a SAM v1, stock or split")
     revision: str | None = HfArg(default=None, help="of the base, on the Hub")
-    image_size: int | None = HfArg(default=None, help="side to which images are scaled (the base's own)")
+    image_size: int | None = HfArg(
+        default=None, help="side to which images are scaled (192 for sam-tiny, else the base's own)"
+    )
     method: Literal["lora", "full", "decoder"] = HfArg(
         default="lora",
         help="adapters, all weights of the vision encoder, or those of the mask decoder alone",
@@ -167,7 +176,9 @@ class TrainingSettings(TrainingArguments):
     minutes: float | None = HfArg(default=None, help="time limit of training, in minutes")
     per_device_train_batch_size: int = HfArg(default=4, aliases=["--batch-size"], help="images per process and batch")
     gradient_accumulation_steps: int = HfArg(default=1, aliases=["--accumulate"], help="batches of a step")
-    learning_rate: float = HfArg(default=1e-3, help="highest learning rate")
+    learning_rate: float | None = HfArg(
+        default=None, help="highest learning rate (1e-3, or 1e-4 if all weights of the encoder are trained)"
+    )
     lr_scheduler_type: SchedulerType | str = HfArg(
         default="cosine", aliases=["--schedule"], help="course of the learning rate"
     )
@@ -177,7 +188,13 @@ class TrainingSettings(TrainingArguments):
     eval_steps: int = HfArg(
         default=50, aliases=["--eval-every"], help="steps from one validation and checkpoint to the next"
     )
-    patience: int | None = HfArg(default=None, help="validations without improvement before training stops")
+    metric_for_best_model: str = HfArg(
+        default="iou",
+        aliases=["--select"],
+        help="what picks the best weights: iou, the mean of all prompts; iou_point, iou_box or iou_clicks, or another "
+        "metric that is validated; or automatic, the quality of automatic masks",
+    )
+    patience: int = HfArg(default=5, help="validations without improvement before training stops; 0 for never")
     gradient_checkpointing: bool = HfArg(default=False, help="compute activations again in backward")
     bf16: bool = HfArg(default=False, help="train in bfloat16 autocast")
     seed: int = HfArg(default=0, help="of all that is drawn")
@@ -192,8 +209,6 @@ class TrainingSettings(TrainingArguments):
     save_steps: float | None = other_default("save_steps", None)  # those of validations
     save_total_limit: int | None = other_default("save_total_limit", 2)  # the best and the last
     load_best_model_at_end: bool = other_default("load_best_model_at_end", True)
-    metric_for_best_model: str | None = other_default("metric_for_best_model", "iou")
-    greater_is_better: bool | None = other_default("greater_is_better", True)
     restore_callback_states_from_checkpoint: bool = other_default("restore_callback_states_from_checkpoint", True)
     logging_steps: float | None = other_default("logging_steps", None)  # 10, if validations are not more frequent
     label_names: list[str] | None = other_default("label_names", ["labels"])  # Trainer would pick input_labels
@@ -206,9 +221,9 @@ class TrainingSettings(TrainingArguments):
     def __post_init__(self) -> None:
         self._refuse_fixed()
         require_at_least(1, self, "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps")
-        require_at_least(1, self, "eval_steps", "save_steps", "logging_steps", "patience")
-        require_at_least(0, self, "dataloader_num_workers", "weight_decay", "minutes", "seed")
-        if not self.learning_rate > 0:
+        require_at_least(1, self, "eval_steps", "save_steps", "logging_steps")
+        require_at_least(0, self, "patience", "dataloader_num_workers", "weight_decay", "minutes", "seed")
+        if self.learning_rate is not None and not self.learning_rate > 0:
             raise SettingsError(f"--learning-rate {self.learning_rate}: expected more than 0.")
         if self.save_steps is None:
             self.save_steps = self.eval_steps
@@ -281,6 +296,9 @@ class Settings:
         training: How it is trained, and where the results go.
         output: What is done with an earlier run, and with the result.
         options: The options by name, as `run.yaml` has them.
+
+    Raises:
+        SettingsError: If the best weights are to be selected by something that is not validated.
     """
 
     data: DataSettings
@@ -289,6 +307,14 @@ class Settings:
     training: TrainingSettings
     output: OutputSettings
     options: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        validated = Prompting(self.prompts.prompts, self.prompts.rounds).validated
+        metrics = ("iou", *(f"iou_{kind}" for kind in validated), AUTOMATIC, "loss", *OTHER_METRICS)
+        if self.training.metric_for_best_model not in metrics:
+            raise SettingsError(
+                f"--select {self.training.metric_for_best_model}: expected one of {', '.join(metrics)}."
+            )
 
     @property
     def folder(self) -> Path:

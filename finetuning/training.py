@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,10 +18,13 @@ from transformers import (
 )
 
 from .losses import MaskMetrics, StepLoss, object_scores
+from .predictor import Predictor
 from .prompts import ItemEncoder, Prompts, TrainingSet, ValidationSet
 from .rounds import Prompting
-from .samples import TrainValidationParts
-from .settings import Settings
+from .samples import Sample, TrainValidationParts
+from .segmentation_settings import SegmentationSettings
+from .settings import AUTOMATIC, Settings
+from .thresholds import labelled_images, sweep_thresholds
 
 
 class PromptTrainer(Trainer):
@@ -80,6 +84,13 @@ def build_trainer(
     if training.patience:
         callbacks.append(EarlyStoppingCallback(training.patience))
     callbacks.append(StopAfter(math.inf if training.minutes is None else training.minutes))
+    others: Callable[[], dict[str, float]] | None = None
+    if training.metric_for_best_model == AUTOMATIC:
+        predictor, how_to_segment = Predictor(model, processor), segmentation_settings(settings)
+
+        def others() -> dict[str, float]:
+            return {AUTOMATIC: best_automatic_score(predictor, parts.validation, how_to_segment)}
+
     return PromptTrainer(
         prompting,
         model,
@@ -96,10 +107,26 @@ def build_trainer(
         ),
         eval_dataset=ValidationSet(parts.validation, encode, seed=training.seed),
         compute_loss_func=StepLoss(training.loss),
-        compute_metrics=MaskMetrics(prompting.validated),
+        compute_metrics=MaskMetrics(prompting.validated, others),
         preprocess_logits_for_metrics=object_scores,
         callbacks=callbacks,
     )
+
+
+def segmentation_settings(settings: Settings) -> SegmentationSettings:
+    """How the trained model is to be used, as far as its training says."""
+    switches = {None: "single-point", True: "always", False: "never"}
+    return SegmentationSettings(
+        image_size=settings.model.image_size,
+        tile=settings.data.tile,
+        overlap=settings.data.overlap,
+        multimask=switches[settings.prompts.multimask],
+    )
+
+
+def best_automatic_score(predictor: Predictor, samples: list[Sample], settings: SegmentationSettings) -> float:
+    """Returns the mean segmentation accuracy of automatic masks at the best thresholds."""
+    return float(sweep_thresholds(predictor, labelled_images(samples), settings).scores.max())
 
 
 class StopAfter(TrainerCallback):

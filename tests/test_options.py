@@ -38,6 +38,9 @@ def refusal(arguments: list[str], capsys) -> str:
         (["--method", "full", "--load-in-4bit"], "trains no adapters: --load-in-4bit"),
         (["--method", "decoder", "--train-decoder", "lora"], "adds no adapters"),
         (["--method", "all"], "invalid choice: 'all'"),
+        (["--select", "best"], "--select best: expected one of iou, iou_point, iou_box, iou_clicks, automatic"),
+        (["--select", "iou_clicks", "--prompts", "box"], "--select iou_clicks: expected one of iou, iou_box"),
+        (["--overlap", "0.95"], "--overlap 0.95: expected a share from 0 to 0.9"),
         (["--export", "whole"], "invalid choice: 'whole'"),
         (["--schedule", "zigzag"], "invalid choice: 'zigzag'"),
         (["--label-names", "masks"], "--label-names ['masks']: the recipe works with ['labels'] only"),
@@ -86,6 +89,22 @@ def test_file_and_command_line(suffix, tmp_path):
     assert settings.training.fsdp_config["min_num_params"] == 5
     assert settings.model.target == ["v"] and settings.model.revision is None
     assert not settings.prompts.multimask and settings.output.export == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rate", "side"),
+    [
+        ([], 1e-3, 192),
+        (["--method", "full"], 1e-4, 192),
+        (["--method", "decoder", "--base", "facebook/sam-vit-base"], 1e-3, None),
+        (["--method", "full", "--learning-rate", "0.5", "--image-size", "128"], 0.5, 128),
+    ],
+    ids=str,
+)
+def test_defaults_depend_on_what_is_trained(arguments, rate, side):
+    settings = finetune.parse_args(arguments)
+    assert settings.training.learning_rate == settings.options["learning_rate"] == rate
+    assert settings.model.image_size == settings.options.get("image_size") == side
 
 
 def test_written_file_repeats_the_run(tmp_path, monkeypatch):

@@ -21,13 +21,14 @@ from torch.utils.data import default_collate
 from transformers import AutoModel, SamModel
 
 import finetune
-from checkpoint_tools.outputs import MARKER
+from checkpoint_tools.outputs import MARKER, locked
 from checkpoint_tools.staging import ROOT, SAM_TINY
 from finetuning.losses import MaskMetrics, object_scores
 from finetuning.model import load_base, trained
 from finetuning.prompts import ItemEncoder, Prompts, ValidationSet
 from finetuning.recipe import read_data
 from finetuning.rounds import Prompting
+from finetuning.segmentation_settings import SegmentationSettings
 
 
 pytestmark = [
@@ -36,7 +37,20 @@ pytestmark = [
 ]
 
 MASK_SIDE = 64  # of sam-tiny, as random weights would turn rounding errors into other masks
-SMALL_RUN = ["--steps", "4", "--eval-every", "2", "--batch-size", "2", "--objects", "3", "--learning-rate", "0.01"]
+SMALL_RUN = [
+    "--image-size",
+    "128",
+    "--steps",
+    "4",
+    "--eval-every",
+    "2",
+    "--batch-size",
+    "2",
+    "--objects",
+    "3",
+    "--learning-rate",
+    "0.01",
+]
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +102,7 @@ def test_leaves_everything_behind(whole_run):
         *("run.yaml", "settings.json", "metrics.json", "curves.png", "masks.png", MARKER),
     }
     assert {path.name for path in (output / "adapter").iterdir()} == {
-        *("adapter_config.json", "adapter_model.safetensors", "README.md"),
+        *("adapter_config.json", "adapter_model.safetensors", "README.md", "segmentation.json"),
     }
     assert all((output / name).stat().st_size > 5000 for name in ("curves.png", "masks.png"))
     assert metrics["steps"] == 4
@@ -176,6 +190,33 @@ def test_resume_refuses_other_settings(whole_run, tmp_path):
     assert (tmp_path / "precious.txt").exists()
 
 
+def test_one_run_at_a_time_writes_to_a_folder(photos, tmp_path):
+    """Even with --force."""
+    output = tmp_path / "run"
+    output.mkdir()
+    with locked(output), pytest.raises(SystemExit, match="Another run writes to"):
+        run(output, *photos, *SMALL_RUN, "--force")
+    assert not any(output.iterdir())
+
+
+def test_weights_worse_than_the_base_are_not_passed_off_as_better(photos, tmp_path, capsys):
+    arguments = [*photos, *SMALL_RUN, "--learning-rate", "5", "--warmup-steps", "0", "--eval-every", "1"]
+    metrics = run(tmp_path / "run", *arguments, "--steps", "2", "--select", "automatic")
+    before, after = metrics["before"]["automatic"], metrics["after"]["automatic"]
+    assert after < before and not metrics["better_than_base"]
+    problem = f"no checkpoint is better than the base by automatic: {before:.3f} before, {after:.3f} after"
+    assert f"Warning: {problem}" in capsys.readouterr().out
+    assert problem in (tmp_path / "run" / "adapter" / "README.md").read_text()
+
+
+def test_adapter_brings_how_it_is_to_be_used(whole_run):
+    output, metrics, _ = whole_run
+    settings = SegmentationSettings.load(output / "adapter")
+    assert metrics["better_than_base"]
+    assert (settings.image_size, settings.tile, settings.multimask) == (128, None, "single-point")
+    assert settings.min_iou < SegmentationSettings().min_iou, "swept, not the default of a large model"
+
+
 @pytest.mark.slow
 def test_best_checkpoint_is_restored(photos, tmp_path):
     """With steps so large that the first are the best."""
@@ -259,7 +300,9 @@ def test_uploads_the_adapter_and_nothing_else(hub, photos, tmp_path):
     uploaded = hub.repos["user/adapter"].files()
     assert uploaded.pop(".gitattributes")
     assert uploaded == {path.name: path.read_bytes() for path in adapter.iterdir()}
-    assert uploaded.keys() == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    assert uploaded.keys() == {
+        *("README.md", "adapter_config.json", "adapter_model.safetensors", "segmentation.json"),
+    }
 
 
 def test_upload_without_login_is_refused_before_training(photos, tmp_path):

@@ -1,0 +1,106 @@
+"""The output folder of a run: its settings, a lock, and the checkpoints from which a run goes on."""
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from checkpoint_tools.outputs import locked, staged
+
+from .options import write_file
+from .samples import TrainValidationParts
+from .settings import Settings, SettingsError
+
+
+RUN_FILE = "run.yaml"  # repeats the run
+FINGERPRINT = "settings.json"  # what must be the same on resume
+# Settings that may change on resume, because they do not affect the result.
+NOT_IN_FINGERPRINT = {
+    *("resume", "force", "export", "output_dir", "minutes", "dataloader_num_workers", "report_to", "run_name"),
+    *("push_to_hub", "hub_model_id", "hub_token", "hub_private_repo", "hub_revision", "disable_tqdm"),
+}
+NOT_REPEATED = {"resume", "force", "hub_token"}
+
+
+@contextlib.contextmanager
+def opened_run(settings: Settings, parts: TrainValidationParts, is_main: bool) -> Iterator[str | None]:
+    """Holds a lock on the output folder, writes the settings into it, and yields the checkpoint to continue from.
+
+    Raises:
+        SettingsError: If the interrupted run had other settings.
+        FileExistsError: If the folder is in use, or belongs to something else.
+    """
+    if not is_main:
+        yield checkpoint_of(settings, parts)
+        return
+    settings.folder.mkdir(parents=True, exist_ok=True)
+    with locked(settings.folder):
+        checkpoint = checkpoint_of(settings, parts)
+        if not goes_on(settings):
+            write_settings(settings, parts)
+        yield checkpoint
+
+
+def goes_on(settings: Settings) -> bool:
+    """Whether an earlier run is resumed."""
+    return settings.output.resume and (settings.folder / FINGERPRINT).exists()
+
+
+def write_settings(settings: Settings, parts: TrainValidationParts) -> None:
+    """Writes the settings into a new folder, so that nothing of an earlier run is mistaken for this run's.
+
+    Raises:
+        FileExistsError: If the folder is in use, or belongs to something else.
+    """
+    sources = (settings.data.images, settings.data.masks, settings.data.coco, settings.model.base)
+    with staged(settings.folder, "fine-tuning run", settings.output.force, sources, grows=True) as folder:
+        (folder / FINGERPRINT).write_text(json.dumps(fingerprint(settings, parts), indent=2) + "\n")
+        write_file(
+            {name: value for name, value in settings.options.items() if name not in NOT_REPEATED}, folder / RUN_FILE
+        )
+
+
+def checkpoint_of(settings: Settings, parts: TrainValidationParts) -> str | None:
+    """Returns the last checkpoint of the run that is resumed, if any.
+
+    Raises:
+        SettingsError: If that run had other settings, or its best checkpoint is gone.
+    """
+    output = settings.folder
+    if not goes_on(settings):
+        return None
+    earlier, run = json.loads((output / FINGERPRINT).read_text()), fingerprint(settings, parts)
+    names = [*run, *(name for name in earlier if name not in run)]
+    if changed := [name for name in names if run.get(name) != earlier.get(name)]:
+        differences = ", ".join(f"{name} {earlier.get(name)} then and {run.get(name)} now" for name in changed)
+        raise SettingsError(f"--resume: {output} was started with other settings: {differences}.")
+    # trainer_state.json is written last: a checkpoint without it is incomplete.
+    complete = [state.parent for state in output.glob("checkpoint-*/trainer_state.json")]
+    if not complete:
+        return None
+    last = max(complete, key=lambda folder: int(folder.name.split("-")[1]))
+    best = json.loads((last / "trainer_state.json").read_text())["best_model_checkpoint"]
+    if best and not Path(best).is_dir():  # otherwise transformers would silently export the last weights
+        raise SettingsError(
+            f"--resume: the best checkpoint {best} does not exist: move {output} back, or run from the original "
+            "working directory."
+        )
+    return str(last)
+
+
+def fingerprint(settings: Settings, parts: TrainValidationParts) -> dict[str, Any]:
+    """Returns all that the result depends on."""
+    run = {name: value for name, value in settings.options.items() if name not in NOT_IN_FINGERPRINT}
+    return {**run, "processes": settings.training.world_size, "data": digest(parts)}
+
+
+def digest(parts: TrainValidationParts) -> str:
+    """Returns a hash of the samples. With other data, a resumed run could validate on objects it was trained on."""
+    samples = [
+        (name, Path(sample.source.name).name, str(sample.window), sample.ids.tolist())
+        for name in ("train", "validation")
+        for sample in getattr(parts, name)
+    ]
+    return hashlib.sha256(json.dumps(samples).encode()).hexdigest()[:12]
