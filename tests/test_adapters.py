@@ -6,14 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import randomize
+from conftest import randomize, stock_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import PreTrainedModel, SamModel
+from transformers import PreTrainedModel, SamModel, SamVisionModel
 
 from checkpoint_tools import adapters
 from checkpoint_tools.adapter_conversions import adapter_to_fused, adapter_to_split
 from checkpoint_tools.comparison import relative_error
+from checkpoint_tools.staging import split_class
 
 
 def lora(**settings) -> LoraConfig:
@@ -198,10 +199,12 @@ def test_what_has_no_exact_form_is_refused(settings, problem, load, stock_dir, t
     assert not (tmp_path / "out").exists()
 
 
-def rewrite(path: Path, config: dict | None = None, rename=lambda name: name) -> None:
+def rewrite(path: Path, config: dict | None = None, rename=lambda name: name, value=lambda tensor: tensor) -> None:
     settings, weights = stored(path)
     (path / "adapter_config.json").write_text(json.dumps({**settings, **(config or {})}))
-    adapters.save_file({rename(name): tensor for name, tensor in weights.items()}, path / "adapter_model.safetensors")
+    adapters.save_file(
+        {rename(name): value(tensor) for name, tensor in weights.items()}, path / "adapter_model.safetensors"
+    )
 
 
 @pytest.mark.parametrize(
@@ -229,3 +232,139 @@ def test_the_wrong_direction_is_refused(load, stock_dir, tmp_path):
     write(load(), lora(target_modules=["q", "v"]), tmp_path / "split")
     with pytest.raises(ValueError, match="Expected an adapter of qkv, got one of q, v"):
         adapter_to_split(str(tmp_path / "split"), tmp_path / "out", str(stock_dir))
+
+
+def of_the_encoder(model: PreTrainedModel) -> torch.nn.Module:
+    return model.vision_encoder
+
+
+@pytest.mark.parametrize("targets", [["q", "v"], ["q", "k", "v", "lin2"]])
+def test_an_adapter_of_the_encoder_alone(targets, load, stock_dir, tmp_path):
+    """PEFT was given `model.vision_encoder`, and gets that of the other model."""
+    write(of_the_encoder(load()), lora(target_modules=targets), tmp_path / "split")
+    adapter_to_fused(str(tmp_path / "split"), tmp_path / "fused", str(stock_dir))
+    pixels = torch.randn(1, 3, 64, 64)
+    split, fused = load(), SamModel.from_pretrained(stock_dir)
+    plain = split.get_image_embeddings(pixels)
+    PeftModel.from_pretrained(of_the_encoder(split), tmp_path / "split")
+    PeftModel.from_pretrained(of_the_encoder(fused), tmp_path / "fused")
+    expected = split.get_image_embeddings(pixels)
+    assert relative_error(expected, plain) > 1e-3
+    assert relative_error(fused.get_image_embeddings(pixels), expected) < 1e-5
+    adapter_to_split(str(tmp_path / "fused"), tmp_path / "back", str(stock_dir))
+    (config, weights), (config_back, back) = stored(tmp_path / "split"), stored(tmp_path / "back")
+    assert weights.keys() == back.keys()
+    assert all(torch.equal(tensor, back[name]) for name, tensor in weights.items())
+    assert set(config["target_modules"]) == set(config_back["target_modules"])
+
+
+def test_an_adapter_of_a_vision_model(split_dir, stock_dir, tmp_path):
+    """On the vision model, saved alone, as base."""
+    model = split_class("SamSplitVisionModel").from_pretrained(split_dir)
+    model.save_pretrained(tmp_path / "vision")
+    write(model, lora(target_modules=["q", "v"]), tmp_path / "split")
+    adapter_to_fused(str(tmp_path / "split"), tmp_path / "fused", str(tmp_path / "vision"))
+    stock = SamVisionModel.from_pretrained(stock_dir)
+    pixels = torch.randn(1, 3, 64, 64)
+    plain = stock(pixels).last_hidden_state
+    model = split_class("SamSplitVisionModel").from_pretrained(split_dir)
+    expected = PeftModel.from_pretrained(model, tmp_path / "split")(pixel_values=pixels).last_hidden_state
+    actual = PeftModel.from_pretrained(stock, tmp_path / "fused")(pixel_values=pixels).last_hidden_state
+    assert relative_error(expected, plain) > 1e-3
+    assert relative_error(actual, expected) < 1e-5
+    adapter_to_split(str(tmp_path / "fused"), tmp_path / "back", str(tmp_path / "vision"))
+    assert stored(tmp_path / "split")[1].keys() == stored(tmp_path / "back")[1].keys()
+
+
+def test_lora_of_an_embedding_is_copied(load, stock, stock_dir, inputs, tmp_path):
+    write(load(), lora(target_modules=["q", "v", "iou_token", "no_mask_embed"]), tmp_path / "split")
+    adapted = PeftModel.from_pretrained(load(), tmp_path / "split")
+    adapter_to_fused(str(tmp_path / "split"), tmp_path / "fused", str(stock_dir))
+    fused = PeftModel.from_pretrained(SamModel.from_pretrained(stock_dir), tmp_path / "fused")
+    assert_same_function(adapted, fused, stock, inputs)
+    name = "base_model.model.mask_decoder.iou_token.lora_embedding_A"
+    assert torch.equal(stored(tmp_path / "split")[1][name], stored(tmp_path / "fused")[1][name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_biases_of_lora_alone_come_back_as_they_were(dtype, load, stock_dir, tmp_path):
+    """Those of q and v, in their dtype, and none of k, which is not adapted."""
+    write(load(), lora(target_modules=["q", "v"], bias="lora_only"), tmp_path / "split", dtype=dtype)
+    adapter_to_fused(str(tmp_path / "split"), tmp_path / "fused", str(stock_dir))
+    adapter_to_split(str(tmp_path / "fused"), tmp_path / "back", str(stock_dir))
+    weights, back = stored(tmp_path / "split")[1], stored(tmp_path / "back")[1]
+    assert weights.keys() == back.keys()
+    for name, tensor in weights.items():
+        assert back[name].dtype == dtype
+        assert torch.equal(tensor, back[name])
+
+
+def test_the_revision_is_that_of_the_base(load, hub, stock_dir, split_dir, tmp_path):
+    """A base on the Hub is loaded at the adapter's revision; another base has none."""
+    repo = hub.add("someone/sam", stock_dir)
+    first = repo.refs["main"]
+    stock_model(hidden_size=14, num_attention_heads=1).save_pretrained(tmp_path / "narrow")
+    other = hub.add("someone/narrow", tmp_path / "narrow")
+    repo.commit("main", next(iter(other.commits.values())))
+    write(load(), lora(target_modules=["q", "v"]), tmp_path / "adapter")
+    rewrite(tmp_path / "adapter", {"base_model_name_or_path": "someone/sam", "revision": first})
+
+    def bases(folder: str) -> tuple:
+        config, _ = stored(tmp_path / folder)
+        return config["base_model_name_or_path"], config["revision"]
+
+    adapter_to_fused(str(tmp_path / "adapter"), tmp_path / "same")
+    assert bases("same") == ("someone/sam", first)
+    adapter_to_fused(str(tmp_path / "adapter"), tmp_path / "other", str(stock_dir))
+    assert bases("other") == (str(stock_dir), None)
+    rewrite(tmp_path / "adapter", {"base_model_name_or_path": str(split_dir)})
+    adapter_to_fused(str(tmp_path / "adapter"), tmp_path / "none")
+    assert bases("none") == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", "adapter_config.json holds [], expected the settings of an adapter by name"),
+        ("{", "adapter_config.json is not JSON"),
+    ],
+)
+def test_a_broken_configuration(content, message, load, tmp_path, refused):
+    write(load(), lora(target_modules=["q", "v"]), tmp_path / "adapter")
+    (tmp_path / "adapter" / "adapter_config.json").write_text(content)
+    assert message in refused("adapter-to-fused adapter out --base base")
+
+
+@pytest.mark.parametrize("change", [{"lora_alpha": 0}, {"alpha_pattern": {"v": 0}}])
+def test_an_alpha_of_zero(change, load, stock_dir, tmp_path, refused):
+    write(load(), lora(target_modules=["q", "v"]), tmp_path / "adapter")
+    rewrite(tmp_path / "adapter", change)
+    assert "lora_alpha is 0, with which LoRA does nothing" in refused(
+        f"adapter-to-fused adapter out --base {stock_dir}"
+    )
+
+
+def test_another_width_is_said_in_short(load, tmp_path, refused):
+    """PEFT would list each weight."""
+    write(load(), lora(target_modules=["q", "v"], modules_to_save=["neck"]), tmp_path / "adapter")
+    stock_model(hidden_size=14, num_attention_heads=1).save_pretrained(tmp_path / "base")
+    message = refused("adapter-to-fused adapter out --base base")
+    assert re.search(r"does not fit base: vision_encoder\.\S+ has \(14,.*\) channels there, and \(28,", message), (
+        message
+    )
+    assert len(message) < 300
+    stock_model(output_channels=8).save_pretrained(tmp_path / "other")
+    assert "channels there" in (message := refused("adapter-to-fused adapter out --base other"))
+    assert len(message) < 300
+
+
+def test_weights_that_are_not_numbers(load, stock_dir, tmp_path, refused):
+    write(load(), lora(target_modules=["q", "v"]), tmp_path / "adapter")
+    rewrite(tmp_path / "adapter", value=lambda tensor: tensor * torch.nan)
+    assert "adapter holds NaN or infinity in" in refused(f"adapter-to-fused adapter out --base {stock_dir}")
+
+
+def test_no_such_base(load, tmp_path, refused):
+    write(load(), lora(target_modules=["q", "v"]), tmp_path / "adapter")
+    message = refused("adapter-to-fused adapter out --base ./no/such/folder")
+    assert "./no/such/folder: there is no such folder, and an id of the Hub is USER/NAME" in message
