@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from .base_cards import BaseCard, read_card
+from .base_cards import BaseCard, hub_ids, read_card
 from .licences import Licence, combined, stated_licence
 from .plain_settings import read_json
 from .sources import fetch
@@ -31,6 +31,21 @@ class Base:
     def is_folder(self) -> bool:
         """Whether it is not on the Hub."""
         return Path(self.name).is_dir()
+
+    @property
+    def commit(self) -> str | None:
+        """Its commit on the Hub; None for a folder."""
+        return None if self.is_folder else self.folder.name
+
+    @property
+    def title(self) -> str:
+        """Its Hub id, or the name of its folder without the path."""
+        return self.folder.name if self.is_folder else self.name
+
+    @property
+    def hub_ids(self) -> str | list[str] | None:
+        """What `base_model` of a model made of it may be: its own Hub id, or those that its card names."""
+        return self.made_from or hub_ids(self.card.metadata.get("base_model")) if self.is_folder else self.name
 
 
 def read_base(
@@ -65,6 +80,15 @@ def read_base(
         )
     if "quantization_config" in config or (folder / "adapter_config.json").is_file():
         raise ValueError(f"{name} is quantized or holds an adapter: save the whole, merged model in full precision.")
+    return described(name, folder, licence, made_from)
+
+
+def described(name: str, folder: Path, licence: Licence | None = None, made_from: list[str] | None = None) -> Base:
+    """Returns what the files in `folder` say of the checkpoint `name`; the arguments are those of `read_base`.
+
+    Raises:
+        ValueError: If what is given contradicts its card.
+    """
     is_folder = Path(name).is_dir()
     if made_from and not is_folder:
         raise ValueError(f"--base-model is for a base in a folder, but {name} is on the Hub, and is named itself.")

@@ -7,7 +7,6 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .base_cards import hub_ids
 from .bases import Base
 from .licences import UNKNOWN, Licence
 
@@ -90,15 +89,14 @@ def card_facts(repo_id: str, base: Base, figures: dict[str, Any], code_version: 
         code_version: `sam_split_version` of the split model's configuration.
     """
     card = base.card
-    made_from = base.made_from or hub_ids(card.metadata.get("base_model")) if base.is_folder else base.name
     return CardFacts(
         repo_id=repo_id,
-        base=base.folder.name if base.is_folder else base.name,
-        base_commit=None if base.is_folder else base.folder.name,
+        base=base.title,
+        base_commit=base.commit,
         licence=base.licence,
-        base_model=made_from,
+        base_model=base.hub_ids,
         # To split the weights of a model is none of the Hub's relations.
-        base_model_relation=card.metadata.get("base_model_relation") if base.is_folder and made_from else None,
+        base_model_relation=card.metadata.get("base_model_relation") if base.is_folder and base.hub_ids else None,
         carried_over={name: card.metadata[name] for name in (*CARRIED_OVER, "tags") if name in card.metadata},
         results=card.results,
         description=lower_headings(card.text) if base.is_folder else "",

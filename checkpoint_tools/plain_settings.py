@@ -75,6 +75,19 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def copy_plain(file: Path, copy: Path) -> None:
+    """Copies settings that are numbers, words and switches.
+
+    Raises:
+        ValueError: If one is something else.
+    """
+    settings = read_json(file)
+    for name, value in settings.items():
+        if not isinstance(value, str | int | float | None):
+            raise ValueError(f"{file.name} has {name}={value!r:.80}, expected a number, a word, true or false.")
+    copy.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
 def keep_known_settings(folder: Path) -> None:
     """Writes the `config.json` in `folder` anew, with the settings that SAM has, and this checkout's `auto_map`."""
     path = folder / "config.json"

@@ -3,7 +3,7 @@
 import filecmp
 import fnmatch
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,7 @@ FILES = (
     "config.json",
     "preprocessor_config.json",
     "processor_config.json",
+    "segmentation.json",
     "model.safetensors",
     "model.safetensors.index.json",
     "model-*-of-*.safetensors",
@@ -87,8 +88,13 @@ def check_destination(api: HfApi, destination: Destination) -> str | None:
 
 
 def push(
-    api: HfApi, destination: Destination, folder: Path, head: str | None, verify: Callable[[str, Path], object]
-) -> None:
+    api: HfApi,
+    destination: Destination,
+    folder: Path,
+    head: str | None,
+    patterns: Sequence[str] = FILES,
+    verify: Callable[[str, Path], object] = lambda commit, cache: None,
+) -> CommitInfo:
     """Pushes `folder` in one commit on top of `head`, compares it with what the Hub gives back, and verifies that.
 
     Args:
@@ -96,6 +102,7 @@ def push(
         destination: Where to push to.
         folder: The staged model repo.
         head: The parent commit; None if there is none yet.
+        patterns: Names of files that such a repo holds; those of an earlier push are replaced or deleted.
         verify: Called with the new commit and a Hub cache that holds it, once all files are the same.
 
     Raises:
@@ -103,13 +110,13 @@ def push(
     """
     try:
         head = head or create(api, destination)
-        kept = files_kept(api, destination.repo_id, head, folder)
+        kept = files_kept(api, destination.repo_id, head, folder, patterns)
         commit = commit_files(api, destination, folder, head, kept)
     except (HTTPError, RuntimeError) as error:  # the latter from hf_xet
         raise ValueError(explain(error, destination.repo_id)) from error
     if commit.oid == head:
         print(f"No changes: {destination.repo_id} is up to date, no commit was made.")
-    print("Loading it back from the Hub, with empty caches ...", flush=True)
+    print("Comparing it with what the Hub gives back ...", flush=True)
     try:
         with tempfile.TemporaryDirectory(prefix="sam-split-pushed-") as cache:
             compare_files(api, destination.repo_id, commit.oid, folder, head, kept, Path(cache))
@@ -118,11 +125,7 @@ def push(
         raise ValueError(
             f"Commit {commit.oid} was pushed to {destination.repo_id}, but verification failed: {one_line(error)}"
         ) from error
-    print(
-        f"{commit.pr_url or commit.repo_url}\nCommit {commit.oid}, which others load with\n\n"
-        "    from transformers import AutoModel\n"
-        f'    AutoModel.from_pretrained("{destination.repo_id}", revision="{commit.oid}", trust_remote_code=True)\n'
-    )
+    return commit
 
 
 def create(api: HfApi, destination: Destination) -> str:
@@ -139,21 +142,22 @@ def staged_files(folder: Path) -> dict[str, Path]:
     return {path.name: path for path in sorted(folder.iterdir()) if path.name != MARKER}
 
 
-def is_ours(name: str) -> bool:
-    """Whether a model repo of ours may hold a file of this name."""
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in FILES)
+def is_ours(name: str, patterns: Sequence[str] = FILES) -> bool:
+    """Whether a repo of ours may hold a file of this name."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def files_kept(api: HfApi, repo_id: str, head: str, folder: Path) -> set[str]:
+def files_kept(api: HfApi, repo_id: str, head: str, folder: Path, patterns: Sequence[str]) -> set[str]:
     """Returns the files of the repo that a push leaves as they are.
 
     Raises:
         ValueError: If one of them could be loaded or run together with the model.
     """
     there = api.list_repo_files(repo_id, revision=head)
-    if "adapter_config.json" in there:
+    if "adapter_config.json" in there and not is_ours("adapter_config.json", patterns):
         raise ValueError(f"{repo_id} contains an adapter, which transformers would load on top: choose another repo.")
-    kept = {name for name in there if not is_ours(name) and name not in staged_files(folder)} - {WRITTEN_BY_THE_HUB}
+    ours = {*staged_files(folder), WRITTEN_BY_THE_HUB, *(name for name in there if is_ours(name, patterns))}
+    kept = set(there) - ours
     if foreign := sorted(name for name in kept if not any(fnmatch.fnmatch(name, pattern) for pattern in HARMLESS)):
         raise ValueError(
             f"{repo_id} also contains {', '.join(foreign)}, which may be loaded or run with the model: delete that, "

@@ -16,10 +16,13 @@ from .bases import Base, read_base
 from .cards import card_facts, model_card
 from .licences import CODE_LICENCE, Licence
 from .outputs import staged
-from .plain_settings import keep_known_settings, read_json, read_processor
+from .plain_settings import copy_plain, keep_known_settings, read_json, read_processor
 from .pushing import FILES, Destination, check_destination, is_ours, push, staged_files
 from .staging import ROOT, split_class
 from .verification import check_card
+
+
+SEGMENTATION = "segmentation.json"  # how a fine-tuned model is to be used
 
 
 def upload(
@@ -77,12 +80,17 @@ def upload(
         for file, path in staged_files(output).items():
             print(f"{path.stat().st_size:>14,}  {file}")
         if destination and pushes:
-            push(
+            commit = push(
                 api,
                 destination,
                 output,
                 head,
-                lambda commit, cache: run_verify(destination.repo_id, base.folder, commit, cache),
+                verify=lambda commit, cache: run_verify(destination.repo_id, base.folder, commit, cache),
+            )
+            print(
+                f"{commit.pr_url or commit.repo_url}\nCommit {commit.oid}, which others load with\n\n"
+                "    from transformers import AutoModel\n"
+                f'    AutoModel.from_pretrained("{repo_id}", revision="{commit.oid}", trust_remote_code=True)\n'
             )
 
 
@@ -122,6 +130,8 @@ def stage(base: Path, folder: Path, max_shard_size: str, licence_files: tuple[st
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     keep_known_settings(folder)
     read_processor(base).save_pretrained(folder)
+    if (base / SEGMENTATION).is_file():
+        copy_plain(base / SEGMENTATION, folder / SEGMENTATION)
     for file in licence_files:
         shutil.copyfile(base / file, folder / file)
     shutil.copyfile(ROOT / "LICENSE", folder / CODE_LICENCE)

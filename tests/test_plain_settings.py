@@ -130,6 +130,22 @@ def test_upload_passes_nothing_on(foreign_base: Path, run_upload, verified: list
     assert_nothing_foreign(tmp_path / "out")
 
 
+def test_how_a_fine_tuned_model_is_used_is_passed_on(
+    base_dir: Path, run_upload, verified: list, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(base_dir, tmp_path / "tuned")
+    for content, problem in (
+        ({"tile": 512, "min_iou": 0.7, "image_size": None}, ""),
+        ({"tile": {"a": 1}}, "has tile="),
+    ):
+        (folder / "segmentation.json").write_text(json.dumps(content))
+        message = run_upload("--base", folder, "--output", tmp_path / "out", fails=bool(problem))
+        assert problem in message
+        if not problem:
+            assert json.loads((tmp_path / "out" / "segmentation.json").read_text()) == content
+            shutil.rmtree(tmp_path / "out")
+
+
 @pytest.fixture
 def run_convert(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     def run(*arguments: object) -> None:

@@ -91,14 +91,12 @@ def test_any_change_is_found(tamper, problem: str, hub: Hub, staged_dir: Path, t
     (tmp_path / "notes.txt").write_bytes(b"mine")
     repo = hub.add("user/sam", tmp_path)
     hub.tamper = tamper
+    destination, head = Destination("user/sam", "Split"), repo.refs["main"]
     loaded: list[tuple] = []
     with pytest.raises(ValueError, match=re.escape(problem)) as caught:
-        push_folder(
-            HfApi(), Destination("user/sam", "Split"), staged_dir, repo.refs["main"], lambda *_: loaded.append(_)
-        )
-    assert str(caught.value).startswith(
-        f"Commit {repo.refs['main']} was pushed to user/sam, but verification failed: "
-    )
+        push_folder(HfApi(), destination, staged_dir, head, verify=lambda *pushed: loaded.append(pushed))
+    commit = repo.refs["main"]
+    assert str(caught.value).startswith(f"Commit {commit} was pushed to user/sam, but verification failed: ")
     assert not loaded
 
 

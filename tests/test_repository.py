@@ -29,6 +29,7 @@ WITHOUT_BLOCKS = {page: re.sub(r"^ *```.*?^ *```", "", text, flags=re.M | re.S) 
 NOT_IN_A_CHECKOUT = {
     "metrics.json",
     "run.yaml",
+    "segmentation.json",
     "settings.json",
     "adapter/",
     "model/",
