@@ -14,9 +14,10 @@ from urllib.parse import unquote
 import numpy as np
 
 from .coco_masks import EmptyMaskError, decode, is_missing, shortened, whole_number
+from .decoding import DataError, ImageReading
 from .images import read_image
 from .overlaps import layers_of
-from .sources import DataError, LabelledImage, Source, SourceList
+from .sources import LabelledImage, Source, SourceList
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,13 @@ class CocoImage(Source):
     image: Path
     size: tuple[int, int] | None
     annotations: list[Annotation]
+    reading: ImageReading = ImageReading()
 
     def __post_init__(self) -> None:
         self.name = str(self.image)
 
     def read(self) -> LabelledImage:  # noqa: D102, as in Source
-        image = read_image(self.image)
+        image = read_image(self.image, self.reading)
         height, width = image.shape[:2]
         if self.size and self.size != (height, width):
             exchanged = " Are width and height exchanged, or does its EXIF orientation turn the image?"
@@ -88,13 +90,19 @@ def with_objects(image: np.ndarray, annotations: Sequence[Annotation], name: str
     return LabelledImage(image, labels, categories, left_out)
 
 
-def coco_images(images: Path, annotations: Path, categories: Sequence[str] = ()) -> SourceList:
+def coco_images(
+    images: Path,
+    annotations: Path,
+    categories: Sequence[str] = (),
+    reading: ImageReading = ImageReading(),
+) -> SourceList:
     """Reads the polygons and run-length masks of a COCO file.
 
     Args:
         images: Folder of the image files.
         annotations: The COCO file.
         categories: Names of the categories to use; empty for all.
+        reading: How pixels become RGB.
 
     Returns:
         The images that have annotations to use.
@@ -127,7 +135,7 @@ def coco_images(images: Path, annotations: Path, categories: Sequence[str] = ())
         problems.append(f"has no object to use{f': {reasons}' if reasons else ''}.")
     finder = ImageFinder(images)
     used = {key: entry for key, entry in listed.items() if objects[key]}
-    sources = images_of(used, objects, finder, problems)
+    sources = images_of(used, objects, finder, problems, reading)
     if problems:
         raise DataError(f"{annotations}: {problem}" for problem in problems)
     if empty := len(listed) - len(sources):
@@ -210,6 +218,7 @@ def images_of(
     objects: dict[str, list[Annotation]],
     finder: "ImageFinder",
     problems: list[str],
+    reading: ImageReading,
 ) -> list[Source]:
     """Returns the images with their objects, and adds problems with their files and sizes."""
     sources: list[Source] = []
@@ -222,7 +231,7 @@ def images_of(
             continue
         if (other := ids.setdefault(path.resolve(), key)) != key:
             problems.append(f"{path} is listed as image {other} and as image {key}: merge them.")
-        sources.append(CocoImage(path, size, objects[key]))
+        sources.append(CocoImage(path, size, objects[key], reading))
     return sources
 
 

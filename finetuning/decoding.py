@@ -111,12 +111,14 @@ def page_count(file: Image.Image) -> int:
     return 1 if file.format == "MPO" else getattr(file, "n_frames", 1)
 
 
-def page_index(count: int, reading: ImageReading, page: int | None) -> int:
-    """Returns which of the pages to read, from 0.
+def page_index(count: int, reading: ImageReading, page: int | None, is_mask: bool = False) -> int:
+    """Returns which of the pages to read, from 0. A mask of one page may belong to a page of an image.
 
     Raises:
         ValueError: If there is no such page, or several and nothing says which.
     """
+    if is_mask and count == 1:
+        return 0
     if page is None and reading.pages not in (None, "each"):
         page = int(str(reading.pages)) - 1
     if page is None and count > 1:

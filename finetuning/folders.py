@@ -7,10 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from .images import IMAGE_SUFFIXES, MASK_SUFFIXES, read_image, read_mask
+from .decoding import DataError, ImageReading, number_of
+from .images import IMAGE_SUFFIXES, MASK_SUFFIXES, number_of_pages, read_image, read_mask, read_pair
+from .interpretation import interpret_files
+from .labels import LabelReading
 from .overlaps import layers_of
 from .patterns import Pattern, files_in
-from .sources import DataError, LabelledImage, Source, SourceList
+from .sources import LabelledImage, Source, SourceList
 
 
 MAX_COLOURS = 4096  # more are no objects, but soft edges or a photograph
@@ -22,19 +25,27 @@ class FilePair(Source):
 
     image: Path
     mask: Path
+    page: int | None = None
+    reading: ImageReading = ImageReading()
+    labels: LabelReading = LabelReading()
 
     def __post_init__(self) -> None:
-        self.name = str(self.image)
+        self.name = str(self.image) if self.page is None else f"{self.image}, page {self.page + 1}"
 
     def read(self) -> LabelledImage:  # noqa: D102, as in Source
-        return LabelledImage(read_image(self.image), read_mask(self.mask))
+        image, mask, note = read_pair(self.image, self.mask, self.reading, self.page, self.labels.turn_masks)
+        try:
+            return LabelledImage(image, self.labels.objects(mask), notes=Counter([note] if note else []))
+        except ValueError as error:
+            raise ValueError(f"{self.mask}: {error}") from error
 
 
 class ColouredPair(FilePair):
     """An image file and a mask file with one colour per object, on black."""
 
     def read(self) -> LabelledImage:  # noqa: D102, as in Source
-        return LabelledImage(read_image(self.image), labels_of_colours(read_image(self.mask), self.mask))
+        image = read_image(self.image, self.reading, self.page)
+        return LabelledImage(image, labels_of_colours(read_image(self.mask, page=self.page), self.mask))
 
 
 @dataclass(eq=False)
@@ -43,12 +54,13 @@ class ObjectFiles(Source):
 
     image: Path
     masks: list[Path]
+    reading: ImageReading = ImageReading()
 
     def __post_init__(self) -> None:
         self.name = str(self.image)
 
     def read(self) -> LabelledImage:  # noqa: D102, as in Source
-        image = read_image(self.image)
+        image = read_image(self.image, self.reading)
         size = image.shape[0], image.shape[1]
         labels = layers_of(self.objects(size), size, len(self.masks))
         empty = len(self.masks) - np.count_nonzero(np.unique(labels))
@@ -99,6 +111,8 @@ def paired_files(
     image_pattern: str | None = None,
     mask_pattern: str | None = None,
     color_masks: bool = False,
+    reading: ImageReading = ImageReading(),
+    labels: LabelReading = LabelReading(),
 ) -> SourceList:
     """Pairs image and mask files, by default of the same name (without suffix), in two folders and those below.
 
@@ -109,9 +123,11 @@ def paired_files(
         mask_pattern: As `{stem}_mask.png`; with a `*`, as in `{stem}/*.png`, each file is one object. None for files
             that are named as the images.
         color_masks: Whether each colour but black is an object.
+        reading: How pixels become RGB, and which pages are images.
+        labels: What the numbers in masks mean.
 
     Raises:
-        DataError: With every file that has no partner, or more than one.
+        DataError: With every file that has no partner, or more than one; or with questions on the masks.
     """
     if images == masks and not mask_pattern:
         raise DataError([f"--images and --masks are both {images}: expected --mask-pattern, as in {{stem}}_mask.png."])
@@ -135,9 +151,30 @@ def paired_files(
     if problems:
         raise DataError(problems)
     if several:
-        return SourceList([ObjectFiles(path, by_mask[key]) for key, (path,) in by_image.items()])
-    pair = ColouredPair if color_masks else FilePair
-    return SourceList([pair(path, by_mask[key][0]) for key, (path,) in by_image.items()])
+        return SourceList([ObjectFiles(path, by_mask[key], reading) for key, (path,) in by_image.items()])
+    pairs = [(path, by_mask[key][0]) for key, (path,) in by_image.items()]
+    pages = [(image, mask, page) for image, mask in pairs for page in pages_of(image, mask, reading)]
+    if color_masks:
+        return SourceList([ColouredPair(image, mask, page, reading) for image, mask, page in pages])
+    labels, notes = interpret_files([(mask, page) for _, mask, page in pages], reading, labels)
+    return SourceList([FilePair(image, mask, page, reading, labels) for image, mask, page in pages], notes=notes)
+
+
+def pages_of(image: Path, mask: Path, reading: ImageReading) -> list[int | None]:
+    """Returns the pages, from 0, that are images of their own; None for files of one image.
+
+    Raises:
+        DataError: If image and mask have different numbers of pages.
+    """
+    if reading.pages != "each":
+        return [None]
+    try:
+        count, of_mask = (number_of_pages(path, reading) for path in (image, mask))
+    except ValueError:
+        return [None]  # reported with all other problems, when the files are read
+    if count != of_mask:
+        raise DataError([f"--pages each: {image} has {number_of(count, 'page')}, and {mask} has {of_mask}."])
+    return list(range(count)) if count > 1 else [None]
 
 
 class NamedFiles:

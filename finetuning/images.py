@@ -4,9 +4,19 @@ from pathlib import Path
 
 import numpy as np
 
-from .decoding import ImageReading, Pixels, number_of, open_image, page_count, page_index, pillow_pixels, raw_mode
+from .decoding import (
+    ImageReading,
+    Pixels,
+    number_of,
+    open_image,
+    page_count,
+    page_index,
+    pillow_pixels,
+    raw_mode,
+    upright,
+)
 from .intensities import IntensityError, with_8_bits
-from .tiff import read_tiff
+from .tiff import read_tiff, tiff_page_count
 
 
 TIFF_SUFFIXES = (".tif", ".tiff")
@@ -14,7 +24,7 @@ MASK_SUFFIXES = (".png", ".bmp", ".webp", *TIFF_SUFFIXES)
 IMAGE_SUFFIXES = (".jpg", ".jpeg", *MASK_SUFFIXES)
 
 
-def read_image(path: Path, reading: ImageReading = ImageReading(), page: int | None = None) -> np.ndarray:  # noqa: B008
+def read_image(path: Path, reading: ImageReading = ImageReading(), page: int | None = None) -> np.ndarray:
     """Returns an image as (H, W, 3) uint8, upright, with the colours of Pillow's `convert("RGB")`.
 
     Args:
@@ -63,7 +73,7 @@ def as_rgb(pixels: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(pixels)
 
 
-def read_mask(path: Path, reading: ImageReading = ImageReading(), page: int | None = None) -> np.ndarray:  # noqa: B008
+def read_mask(path: Path, reading: ImageReading = ImageReading(), page: int | None = None) -> np.ndarray:
     """Returns a label image (H, W) of integers, as the file has them, upright.
 
     Raises:
@@ -92,6 +102,53 @@ def labels_of(pixels: Pixels, path: Path) -> np.ndarray:
     return labels
 
 
+def read_pair(
+    image: Path, mask: Path, reading: ImageReading, page: int | None = None, turn_mask: bool = False
+) -> tuple[np.ndarray, np.ndarray, str | None]:
+    """Returns an image (H, W, 3) uint8, its mask (H, W) of integers, and a note if one of them was turned.
+
+    Args:
+        image: The image file.
+        mask: The mask file. Without an orientation tag, it is turned as its image if it has the image's stored size.
+        reading: How to read them.
+        page: Which page of both to read, from 0.
+        turn_mask: Whether a mask that fits both ways is turned, too.
+
+    Raises:
+        ValueError: If one of them cannot be read.
+    """
+    pixels = read_pixels(image, reading, page)
+    labels = read_pixels(mask, reading, page, as_labels=True)
+    note = None
+    if pixels.orientation != 1 and labels.orientation == 1:
+        turned = upright(labels.values, pixels.orientation)
+        shape = pixels.values.shape[:2]
+        fits_only_turned = turned.shape[:2] == shape != labels.values.shape[:2]
+        if fits_only_turned or (turn_mask and turned.shape[:2] == shape):
+            labels.values = turned
+        note = (
+            "images were turned upright, as their EXIF orientation says, and their masks with them"
+            if labels.values is turned
+            else "images were turned upright, as their EXIF orientation says, but not their masks (--turn-masks)"
+        )
+    return rgb_of(pixels, reading, image), labels_of(labels, mask), note
+
+
+def number_of_pages(path: Path, reading: ImageReading) -> int:
+    """Returns how many images are in a file.
+
+    Raises:
+        ValueError: If it cannot be read.
+    """
+    try:
+        if path.suffix.lower() in TIFF_SUFFIXES:
+            return tiff_page_count(path)
+        with open_image(path, reading) as file:
+            return page_count(file)
+    except Exception as error:  # decoders raise many exception types
+        raise ValueError(f"{path}: cannot be read: {error}") from error
+
+
 def read_pixels(path: Path, reading: ImageReading, page: int | None = None, as_labels: bool = False) -> Pixels:
     """Returns the pixels of an image file, upright; with `as_labels`, those of a palette as indices.
 
@@ -102,7 +159,7 @@ def read_pixels(path: Path, reading: ImageReading, page: int | None = None, as_l
         if path.suffix.lower() in TIFF_SUFFIXES:
             return read_tiff(path, reading, page, as_labels)
         with open_image(path, reading) as file:
-            index = page_index(page_count(file), reading, page)
+            index = page_index(page_count(file), reading, page, as_labels)
             if file.mode != "I;16" and raw_mode(file).endswith(";16B"):  # Pillow would drop the lower 8 bits
                 raise ValueError("it has 16 bits per colour; save it as TIFF, or with 8.")
             return pillow_pixels(file, index, as_labels)

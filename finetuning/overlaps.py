@@ -7,6 +7,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from .labels import VOID
+
 
 def layers_of(masks: Iterable[tuple[int, np.ndarray]], size: tuple[int, int], largest: int) -> np.ndarray:
     """Returns labels from the numbers and masks (H, W) of objects: (H, W) if none overlap, or (layers, H, W).
@@ -30,6 +32,12 @@ def layers_of(masks: Iterable[tuple[int, np.ndarray]], size: tuple[int, int], la
     if not layers:
         return np.zeros(size, dtype=np.uint8)
     return np.stack(layers) if len(layers) > 1 else layers[0]
+
+
+def void_of(labels: np.ndarray) -> np.ndarray:
+    """Returns the mask (H, W) of the pixels without a label."""
+    void = labels == VOID
+    return void if void.ndim == 2 else void.any(0)
 
 
 def mask_of(labels: np.ndarray, number: int) -> np.ndarray:

@@ -8,13 +8,13 @@ from torch.utils.data import Dataset
 from transformers import SamProcessor
 
 from .clicks import deepest
-from .overlaps import mask_of
+from .overlaps import mask_of, void_of
 from .samples import Sample, Window, shrink, visible
 
 
 PADDING = -10  # SAM's label for padding points
 MOST_JITTER = 20  # pixels
-OUTSIDE = -1  # target value for the padding outside the image; ignored by the loss
+OUTSIDE = -1  # target value outside the image, and of pixels without a label; ignored by the loss
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,14 @@ class ItemEncoder:
         """Returns `pixel_values` (3, side, side), prompts for the objects `ids`, and their masks as `labels`.
 
         In `labels` (objects, mask_side, mask_side) int8 the object is 1, what else is in the image 0, and `OUTSIDE`
-        what is beyond it.
+        what is beyond it or has no label.
         """
         prompts, told = self.prompts, {}
-        masks = [mask_of(labels, label) for label in ids]
+        masks, void = [mask_of(labels, label) for label in ids], void_of(labels)
         if prompts.kind != "box":
             drawn = [
-                draw_points(mask, prompts.points, prompts.negative_points, rng, central=not train) for mask in masks
+                draw_points(mask, prompts.points, prompts.negative_points, rng, central=not train, void=void)
+                for mask in masks
             ]
             told["input_points"], told["input_labels"] = [[list(part)] for part in zip(*drawn, strict=True)]
         if prompts.kind != "point":
@@ -78,6 +79,7 @@ class ItemEncoder:
         targets = np.full((len(ids), self.mask_side, self.mask_side), OUTSIDE, dtype=np.int8)
         height, width = small.shape[-2:]
         targets[:, :height, :width] = [mask_of(small, label) for label in ids]
+        targets[:, :height, :width][:, void_of(small)] = OUTSIDE
         return {**encoded, "labels": torch.from_numpy(targets)}
 
 
@@ -185,11 +187,11 @@ class ValidationSet(Dataset):
 
 
 def draw_points(
-    mask: np.ndarray, positive: int, negative: int, rng: np.random.Generator, central: bool
+    mask: np.ndarray, positive: int, negative: int, rng: np.random.Generator, central: bool, void: np.ndarray
 ) -> tuple[list[list[float]], list[int]]:
-    """Returns points (x, y) in `mask` (H, W) and beside it, and their labels.
+    """Returns points (x, y) in `mask` (H, W) and beside it, but not in `void` (H, W), and their labels.
 
-    The labels are 1 inside, 0 outside, and -10 (padding) where the object fills the image.
+    The labels are 1 inside, 0 outside, and -10 (padding) where there is nothing beside it.
 
     With `central`, the first is the one deepest inside.
     """
@@ -199,7 +201,7 @@ def draw_points(
     if central:
         points[0] = deepest(mask)[0]
     if negative:
-        beside = np.argwhere(surroundings(mask) & ~mask)
+        beside = np.argwhere(surroundings(mask) & ~mask & ~void)
         labels += [0 if len(beside) else PADDING] * negative
         beside = beside if len(beside) else np.zeros((1, 2), dtype=int)
         points = np.concatenate([points, beside[rng.integers(len(beside), size=negative)]])

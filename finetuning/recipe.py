@@ -17,7 +17,7 @@ from .results import write_results
 from .runs import opened_run
 from .samples import TrainValidationParts, train_validation_parts
 from .settings import DataSettings, Settings, SettingsError
-from .sources import Coins
+from .sources import Coins, SourceList
 from .training import PromptTrainer, build_trainer, metrics_of
 
 
@@ -110,14 +110,16 @@ def require_login(token: str | None) -> None:
 
 def read_data(settings: DataSettings, mask_side: int, seed: int) -> tuple[TrainValidationParts, str]:
     """Returns the samples, and a sentence that describes them."""
-    notes: list[str] = []
     if settings.images and settings.coco:
-        found = coco_images(settings.images, settings.coco)
-        sources, notes = found.sources, [f"{number} {what}" for what, number in found.left_out.items()] + found.notes
+        found = coco_images(settings.images, settings.coco, reading=settings.image_reading)
     elif settings.images and settings.masks:
-        sources = paired_files(settings.images, settings.masks).sources
+        found = paired_files(
+            settings.images, settings.masks, reading=settings.image_reading, labels=settings.label_reading
+        )
     else:
-        sources = [Coins()]
+        found = SourceList([Coins()])
+    sources = found.sources
+    notes = [f"{number} {what}" for what, number in found.left_out.items()] + found.notes
     validation = settings.validation or (0.5 if len(sources) == 1 else 0.2)
     parts = train_validation_parts(
         sources, mask_side, validation, settings.tile, settings.overlap, settings.min_area, seed

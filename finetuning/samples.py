@@ -127,7 +127,7 @@ def check(sources: list[Source]) -> tuple[list[tuple[int, int]], Counter[str]]:
                     f"got {whole.labels.shape[-1]} x {whole.labels.shape[-2]}."
                 )
             sizes.append((height, width))
-            left_out += whole.left_out
+            left_out += whole.left_out + whole.notes
         except (ValueError, OSError) as error:
             problems.append(str(error))
     if problems:

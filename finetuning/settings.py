@@ -12,6 +12,8 @@ from transformers.hf_argparser import HfArg
 
 from checkpoint_tools.staging import SAM_TINY
 
+from .decoding import MAX_PIXELS, ImageReading
+from .labels import LabelReading
 from .rounds import Prompting
 
 
@@ -33,8 +35,10 @@ class DataSettings:
 
     _argument_group_name: ClassVar[str] = "data"
 
-    images: Path | None = HfArg(default=None, help="folder of PNG, JPEG or TIFF images (a photograph of coins)")
-    masks: Path | None = HfArg(default=None, help="folder of PNG or TIFF label images, named as the images")
+    images: Path | None = HfArg(
+        default=None, help="folder of PNG, JPEG, TIFF, BMP or WebP images (a photograph of coins)"
+    )
+    masks: Path | None = HfArg(default=None, help="folder of PNG, TIFF, BMP or WebP label images, named as the images")
     coco: Path | None = HfArg(default=None, help="COCO annotations of the images, instead of masks")
     validation: float | None = HfArg(
         default=None, help="share held out for validation (0.2 of the images, or 0.5 of a single image)"
@@ -45,8 +49,29 @@ class DataSettings:
     augment: Literal["none", "crop", "turn"] = HfArg(
         default="turn", help="none, a part of the image mirrored (crop), or turned as well"
     )
+    channels: list[int] = HfArg(
+        default_factory=list, help="numbers of the bands that are red, green and blue, from 1; one number for grey"
+    )
+    pages: str | None = HfArg(
+        default=None, help="each if every page of a file is an image, or the number of a page, from 1"
+    )
+    intensity: list[str] = HfArg(
+        default_factory=lambda: ["percentile", "1", "99.8"],
+        help="what becomes 0 and 255 of pixels that are not 8-bit: percentile LOW HIGH, min-max, or dtype",
+    )
+    max_pixels: int = HfArg(default=MAX_PIXELS, help="pixels of the largest image to decode")
+    background: list[int] = HfArg(default_factory=list, help="numbers of the background in masks (0)")
+    void: list[str] = HfArg(
+        default_factory=list, help="numbers in masks of pixels without a label, which do not count; or none"
+    )
+    instances: Literal["labels", "components"] | None = HfArg(
+        default=None, help="each number in a mask is an object, or each connected part of one"
+    )
+    threshold: int | None = HfArg(default=None, help="lowest value of an object, in masks with soft edges")
+    turn_masks: bool = HfArg(default=False, help="turn masks with their images, as the images' EXIF orientation says")
 
     def __post_init__(self) -> None:
+        _ = self.image_reading, self.label_reading  # raise errors
         if self.coco and self.masks:
             raise SettingsError("--masks and --coco are both given: expected one of them.")
         if bool(self.images) != bool(self.coco or self.masks):
@@ -56,6 +81,20 @@ class DataSettings:
             raise SettingsError(f"--overlap {self.overlap}: expected a share from 0 to 0.9.")
         require_at_least(1, self, "tile")
         require_at_least(0, self, "min_area")
+
+    @property
+    def image_reading(self) -> ImageReading:
+        """How image files become RGB."""
+        return ImageReading(tuple(self.channels) or None, self.pages, " ".join(self.intensity), self.max_pixels)
+
+    @property
+    def label_reading(self) -> LabelReading:
+        """What the numbers in masks mean, as far as it is given."""
+        try:
+            void = () if self.void == ["none"] else tuple(map(int, self.void)) or None
+        except ValueError:
+            raise SettingsError(f"--void {' '.join(self.void)}: expected numbers, or none.") from None
+        return LabelReading(tuple(self.background) or None, void, self.instances, self.threshold, self.turn_masks)
 
 
 @dataclass

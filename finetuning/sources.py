@@ -18,16 +18,18 @@ class LabelledImage:
 
     Args:
         image: (H, W, 3) uint8.
-        labels: Integers (H, W), 0 for background and another number for each object; (layers, H, W) if objects overlap
-            (`overlaps.py`).
+        labels: Integers (H, W), 0 for background, `labels.VOID` for pixels without a label, and another number for
+            each object; (layers, H, W) if objects overlap (`overlaps.py`).
         categories: The category of each object, by number, as far as the source has categories.
         left_out: How many objects of the image were left out, by reason.
+        notes: How often something was done that the user should know of, by what it was.
     """
 
     image: np.ndarray
     labels: np.ndarray
     categories: dict[int, str] = field(default_factory=dict)
     left_out: Counter[str] = field(default_factory=Counter)
+    notes: Counter[str] = field(default_factory=Counter)
 
 
 class Source(ABC):

@@ -35,7 +35,7 @@ def read_tiff(path: Path, reading: ImageReading, page: int | None, as_labels: bo
         if reading.channels and reading.pages is None and page is None and not as_labels:
             images = [[plane for planes in images for plane in planes]]  # pages may be bands, too
         try:
-            planes = images[page_index(len(images), reading, page)]
+            planes = images[page_index(len(images), reading, page, as_labels)]
         except ValueError as error:
             advice = " If they are bands of one image, choose among them with --channels." if not as_labels else ""
             raise ValueError(f"{error}{advice}") from error
@@ -48,6 +48,12 @@ def read_tiff(path: Path, reading: ImageReading, page: int | None, as_labels: bo
             raise ValueError("its pages have different sizes, and can only be images: use --pages each.")
         bands = [plane_pixels(path, plane, reading, as_labels=True, raw=True).values for plane in planes]
         return Pixels(np.dstack(bands), orientation=orientation_of(first))
+
+
+def tiff_page_count(path: Path) -> int:
+    """The number of images in a TIFF file."""
+    with TiffFile(path) as file:
+        return len(tiff_images(file))
 
 
 def tiff_images(file: TiffFile) -> list[list[Page]]:
