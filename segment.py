@@ -1,8 +1,8 @@
-"""Segments an image, from points, from boxes, or everything in it.
+"""Segments images: from points, boxes or rough masks, or everything in them.
 
-python segment.py photo.png --point 120 80 --point 40 60 --output build/photo
-python segment.py photo.png --box 10 20 200 180 --adapter build/finetune/adapter
-python segment.py photo.png --everything --base build/finetune/merged
+python segment.py photo.png --everything --adapter build/finetune/adapter
+python segment.py photo.png --point 120 80 --not 40 60 --point 300 90
+python segment.py photos --coco boxes.json --adapter user/adapter
 """
 
 import argparse
@@ -11,63 +11,109 @@ from pathlib import Path
 from transformers.utils import is_torchvision_available
 
 from checkpoint_tools.errors import one_line_errors
-from checkpoint_tools.outputs import require_replaceable
-from finetuning.images import read_image
-from finetuning.segmentation import (
-    PICTURE,
-    check_prompts,
-    everything,
-    load,
-    picture_paths,
-    prompted,
-    write_pictures,
-)
+from finetuning.segmentation import SegmentationRequest, segment_files
+from finetuning.segmentation_settings import MULTIMASK
+from finetuning.segmenter import PromptedObject
+
+
+SETTINGS = ("image_size", "tile", "overlap", "multimask", "grid", "min_iou", "min_stability", "max_overlap")
+READING = ("channels", "pages", "intensity")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    args = parse_args(arguments)
+    request = parse_args(arguments)
     with one_line_errors(ValueError, ImportError):
-        for path in picture_paths(args.output):
-            require_replaceable(path, PICTURE, args.force, sources=(args.image,))
-        image = read_image(args.image)
-        check_prompts(args.point, args.box, image)
-        model, processor = load(args.base, args.revision, args.adapter)
-        if args.everything:
-            masks = everything(model, processor, image, args.grid, args.min_iou, args.min_stability)
-        else:
-            masks = prompted(model, processor, image, args.point, args.box, args.multimask)
-        overlay_path, labels_path = write_pictures(image, masks, args.output, args.force)
-    print(f"{len(masks)} objects: {overlay_path}, {labels_path}")
+        segment_files(request)
 
 
-def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+def parse_args(arguments: list[str] | None = None) -> SegmentationRequest:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("image", type=Path, help="PNG, JPEG or TIFF")
+    parser.add_argument("images", type=Path, nargs="+", help="PNG, JPEG or TIFF files, or folders of them")
+    group = parser.add_argument_group("what to segment")
+    group.add_argument("--everything", action="store_true", help="all objects, from a grid of points")
     for name, numbers, text in (
-        ("--point", ("X", "Y"), "a point in an object; repeat the option for more objects"),
-        ("--box", ("LEFT", "TOP", "RIGHT", "BOTTOM"), "the box of an object; repeat the option for more objects"),
+        ("--point", ("X", "Y"), "a point in an object; each --point and --box is a new object"),
+        ("--box", ("LEFT", "TOP", "RIGHT", "BOTTOM"), "the box of an object"),
+        ("--also", ("X", "Y"), "one more point in the last object"),
+        ("--not", ("X", "Y"), "a point outside of the last object"),
     ):
-        parser.add_argument(
-            name, nargs=len(numbers), type=float, action="append", default=[], metavar=numbers, help=text
+        group.add_argument(
+            name, dest="prompts", nargs=len(numbers), type=float, action=Prompt, default=[], metavar=numbers, help=text
         )
-    parser.add_argument("--everything", action="store_true", help="segment all objects, from a grid of points")
-    parser.add_argument("--grid", type=int, default=32, help="points along a side of it")
-    parser.add_argument("--min-iou", type=float, default=0.88, help="lowest predicted IoU (%(default)s)")
-    parser.add_argument("--min-stability", type=float, default=0.95, help="lowest stability score (%(default)s)")
-    parser.add_argument("--multimask", action="store_true", help="choose among three masks per prompt")
-    parser.add_argument("--base", help="folder or Hub id of a SAM v1 (default: that of the adapter, or sam-tiny)")
-    parser.add_argument("--revision", help="of the base, on the Hub")
-    parser.add_argument("--adapter", help="folder or Hub id of an adapter")
-    parser.add_argument("--output", type=Path, default=Path("build/segment"), help="prefix of the output files")
-    parser.add_argument("--force", action="store_true", help="replace pictures of an earlier run")
+    group.add_argument("--coco", type=Path, help="the boxes of COCO annotations, such as a detector's")
+    group.add_argument("--masks", type=Path, help="label image, or folder of them, with rough masks to refine")
+
+    group = parser.add_argument_group("model")
+    group.add_argument("--adapter", help="folder or Hub id of an adapter")
+    group.add_argument("--base", help="folder or Hub id of a SAM v1 (default: that of the adapter, or sam-tiny)")
+    group.add_argument("--revision", help="of the base, on the Hub")
+
+    group = parser.add_argument_group("settings", "By default those that came with the model, or SAM's own.")
+    group.add_argument("--image-size", type=int, help="side to which images or tiles are scaled, in pixels")
+    group.add_argument("--channels", type=int, nargs="+", help="bands that are red, green and blue, from 1")
+    group.add_argument("--pages", help="number of the page, from 1, of files with several")
+    group.add_argument("--intensity", help="what becomes 0 and 255: 'percentile LOW HIGH', min-max or dtype")
+    group.add_argument("--tile", type=int, help="cut larger images into tiles of so many pixels")
+    group.add_argument("--overlap", type=float, help="what neighbouring tiles share, of a side (0.25)")
+    group.add_argument("--multimask", choices=MULTIMASK, help="when to choose among three masks (single-point)")
+    group.add_argument("--grid", type=int, help="points along a side of the grid of --everything (32)")
+    group.add_argument("--min-iou", type=float, help="lowest predicted IoU of --everything (0.88)")
+    group.add_argument("--min-stability", type=float, help="lowest stability score of --everything (0.95)")
+    group.add_argument("--max-overlap", type=float, help="highest IoU of two masks of --everything (0.5)")
+    group.add_argument(
+        "--pipeline",
+        choices=("ours", "stock"),
+        default="ours",
+        help="stock is that of transformers for --everything: masks as they are, and duplicates are found by boxes",
+    )
+
+    group = parser.add_argument_group("output")
+    group.add_argument("--output", type=Path, default=Path("build/segment"), help="folder for all results")
+    group.add_argument("--force", action="store_true", help="replace what an earlier run wrote there")
+    group.add_argument("--table", action="store_true", help="also write objects.csv: area, box and scores")
     args = parser.parse_args(arguments)
-    if args.everything == bool(args.point or args.box):
-        parser.error("expected --point, --box or --everything.")
-    if args.point and args.box:
-        parser.error("--point and --box are both given: expected one kind of prompt.")
-    if args.everything and not is_torchvision_available():
-        parser.error("--everything needs torchvision to remove duplicate masks: pip install torchvision.")
-    return args
+    ways = [args.everything, bool(args.prompts), bool(args.coco), bool(args.masks)]
+    if sum(ways) != 1:
+        parser.error("expected one of --point and --box, --coco, --masks or --everything.")
+    if args.pipeline == "stock":
+        if not args.everything or args.tile:
+            parser.error("--pipeline stock: expected --everything, without --tile.")
+        if not is_torchvision_available():
+            parser.error("--pipeline stock needs torchvision to remove duplicate masks: pip install torchvision.")
+    changes = {name: getattr(args, name) for name in (*SETTINGS, *READING)}
+    return SegmentationRequest(
+        args.images,
+        args.prompts,
+        args.coco,
+        args.masks,
+        args.everything,
+        args.pipeline == "stock",
+        args.table,
+        args.output,
+        args.force,
+        args.base,
+        args.revision,
+        args.adapter,
+        changes,
+    )
+
+
+class Prompt(argparse.Action):
+    """Collects prompts, object by object, in the order of the command line."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:  # noqa: ANN001, D102
+        objects = list(namespace.prompts)
+        if option_string == "--box":
+            objects.append(PromptedObject(box=values))
+        elif option_string == "--point":
+            objects.append(PromptedObject(points=[values], labels=[1]))
+        elif not objects:
+            parser.error(f"{option_string}: expected --point or --box before it.")
+        else:
+            last = objects[-1]
+            labels = [*(last.labels or ()), int(option_string == "--also")]
+            objects[-1] = PromptedObject([*last.points, values], labels, last.box)
+        namespace.prompts = objects
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def main() -> None:
 
     ways: dict[str, Callable[[], list]] = {
         "pipeline": pipeline_masks,
-        "ours": lambda: automatic_segments(predictor, image, settings).segments,
+        "ours": lambda: automatic_segments(predictor, predictor.encode(image), settings).segments,
         "encoder alone": encode,
     }
     size = f"{image.shape[1]} x {image.shape[0]} pixels"

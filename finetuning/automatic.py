@@ -5,7 +5,7 @@ stable, are left out. What remains is cleaned (largest component, holes filled),
 the best rated is kept. All this happens at the resolution of the mask decoder; only the masks that are kept are scaled
 up to the size of the image.
 
-    segments = automatic_segments(predictor, image, settings).segments
+    segments = automatic_segments(predictor, predictor.encode(image), settings).segments
 
 or, to try out thresholds without running the model again:
 
@@ -22,7 +22,6 @@ import torch
 from .predictor import EncodedImage, ObjectPrompts, Predictor
 from .segmentation_settings import SegmentationSettings
 from .segments import Segment, clean, distinct, segment_of
-from .tiling import joined, tile_windows
 
 
 POINTS_PER_BATCH = 64
@@ -67,21 +66,13 @@ class AutomaticSegments:
     best_stability: float
 
 
-def automatic_segments(predictor: Predictor, image: np.ndarray, settings: SegmentationSettings) -> AutomaticSegments:
-    """Returns all objects of an image (H, W, 3) uint8, found in tiles if the settings say so."""
-    groups, results = [], []
-    for window in tile_windows(image.shape[:2], settings.tile, settings.overlap):
-        found = find_candidates(
-            predictor, predictor.encode(image[window]), settings.grid, settings.min_iou, settings.min_stability
-        )
-        segments = scaled_up(predictor, found, choose(found, settings))
-        groups.append((window, [segment.moved(window[0].start, window[1].start) for segment in segments]))
-        results.append(found)
-    return AutomaticSegments(
-        joined(groups, image.shape[:2], settings.max_overlap),
-        max(result.best_rating for result in results),
-        max(result.best_stability for result in results),
-    )
+def automatic_segments(
+    predictor: Predictor, encoded: EncodedImage, settings: SegmentationSettings
+) -> AutomaticSegments:
+    """Returns all objects of an image, or of a tile."""
+    candidates = find_candidates(predictor, encoded, settings.grid, settings.min_iou, settings.min_stability)
+    segments = scaled_up(predictor, candidates, choose(candidates, settings))
+    return AutomaticSegments(segments, candidates.best_rating, candidates.best_stability)
 
 
 def find_candidates(

@@ -1,114 +1,221 @@
-"""Segments an image, from points, from boxes, or everything in it."""
+"""Segments image files: finds the model and its settings, the images and the prompts, and writes the results."""
 
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from transformers import PreTrainedModel, SamProcessor, pipeline
 
-from checkpoint_tools.masks import best_rated
-from checkpoint_tools.outputs import png_mark, staged_file
+from checkpoint_tools.outputs import require_replaceable, staged
 from checkpoint_tools.staging import SAM_TINY
 
+from .automatic import AutomaticSegments
+from .decoding import DataError
+from .images import IMAGE_SUFFIXES, MASK_SUFFIXES, read_image
 from .model import load_adapted, load_base
-from .pictures import overlay
+from .predictor import Predictor
+from .prompt_files import PromptFileError, coco_boxes, rough_masks
+from .segment_files import Annotations, SegmentedImage, write_pictures
+from .segmentation_settings import SegmentationSettings
+from .segmenter import ImageSegmenter, PromptedObject, check_prompts
+from .segments import Segment, segment_of
 
 
-PICTURE = "picture of masks"  # the kind of output
+OUTPUT = "segmented images"  # the kind of output
 DEVICE = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
 
 
-def check_prompts(points: list[list[float]], boxes: list[list[float]], image: np.ndarray) -> None:
-    """Checks that prompts lie in the image.
+@dataclass(frozen=True)
+class SegmentationRequest:
+    """What is to be segmented, and how.
+
+    Args:
+        paths: Image files, and folders of them.
+        objects: Prompts, for one image.
+        coco: COCO file with boxes, and categories, as prompts.
+        masks: Label image or folder of them, of rough masks to be refined.
+        everything: Whether to find all objects.
+        stock: Whether to find them with the mask-generation pipeline of transformers.
+        table: Whether to write a CSV file, too.
+        output: Folder for the results.
+        force: Whether to replace what an earlier run wrote there.
+        base: Folder or Hub id of a SAM v1; None for that of the adapter, or sam-tiny.
+        revision: Of the base, on the Hub.
+        adapter: Folder or Hub id of an adapter.
+        changes: Settings to use instead of those that came with the model; None where there is no change.
+    """
+
+    paths: Sequence[Path]
+    objects: Sequence[PromptedObject] = ()
+    coco: Path | None = None
+    masks: Path | None = None
+    everything: bool = False
+    stock: bool = False
+    table: bool = False
+    output: Path = Path("build/segment")
+    force: bool = False
+    base: str | None = None
+    revision: str | None = None
+    adapter: str | None = None
+    changes: dict[str, Any] = field(default_factory=dict)
+
+
+def segment_files(request: SegmentationRequest) -> None:
+    """Segments all images, writes the results, and prints what was found and where it is.
 
     Raises:
-        ValueError: If one does not.
+        ValueError: If the prompts, the settings or the model do not fit, or no image could be segmented; then nothing
+            is written. If some images could not be segmented; then the results of the others are written.
+        FileExistsError: If the output folder is in use.
     """
-    height, width = image.shape[:2]
-    for x, y in (*points, *(box[:2] for box in boxes), *(box[2:] for box in boxes)):
-        if not (0 <= x <= width and 0 <= y <= height):
-            raise ValueError(f"({x:g}, {y:g}) is outside of the image of {width} x {height} pixels.")
-    for left, top, right, bottom in boxes:
-        if left >= right or top >= bottom:
-            raise ValueError(f"--box {left:g} {top:g} {right:g} {bottom:g}: expected left < right and top < bottom.")
+    sources = [*request.paths, request.coco, request.masks, request.base, request.adapter]
+    require_replaceable(request.output, OUTPUT, request.force, sources)
+    images = find_images(request.paths)
+    if request.objects and len(images) > 1:
+        raise ValueError(f"prompts are given for one image, but there are {len(images)}: expected one, or --coco.")
+    boxes = boxes_by_image(request.coco, images) if request.coco else {}
+    model, processor = load(request.base, request.revision, request.adapter, request.changes.get("image_size"))
+    settings = SegmentationSettings.load(request.adapter or request.base or SAM_TINY).but(**request.changes)
+    if request.objects:
+        check_prompts(request.objects, read_image(next(iter(images.values())), settings.reading).shape[:2])
+    predictor = Predictor(model, processor)
+
+    annotations, problems = Annotations(), []
+    with staged(request.output, OUTPUT, request.force, sources) as folder:
+        for name, path in images.items():
+            try:
+                image = read_image(path, settings.reading)
+                objects = [*request.objects, *boxes.get(name, ())]
+                if request.masks:
+                    objects += rough_masks(mask_file(request.masks, path), image.shape[:2])
+                check_prompts(objects, image.shape[:2])
+                segmenter = ImageSegmenter(predictor, image, settings)
+                if request.everything:
+                    segments = find_everything(segmenter, path, request)
+                else:
+                    segments = segmenter.prompted(objects)
+                result = SegmentedImage(name, image, segments, objects)
+            except ValueError as error:
+                problems.append(str(error) if str(path) in str(error) else f"{path}: {error}")
+                continue
+            pictures = [request.output / picture.relative_to(folder) for picture in write_pictures(result, folder)]
+            print(f"{path}: {annotations.add(result)} objects: {', '.join(map(str, pictures))}")
+        if not annotations.images:
+            raise DataError(problems)
+        annotations.write(folder, with_table=request.table)
+    print(f"{len(annotations.annotations)} objects in {len(annotations.images)} images: {request.output}")
+    if problems:
+        raise DataError(problems)
 
 
-def load(base: str | None, revision: str | None, adapter: str | None) -> tuple[PreTrainedModel, SamProcessor]:
+def find_everything(segmenter: ImageSegmenter, path: Path, request: SegmentationRequest) -> list[Segment]:
+    """Returns all objects of an image, the smallest last and so in front, and says why if there are none."""
+    found = stock_segments(segmenter) if request.stock else segmenter.everything()
+    if not found.segments:
+        print(f"{path}: {nothing_found(found, segmenter.settings)}")
+    return sorted(found.segments, key=lambda segment: -segment.area)
+
+
+def load(
+    base: str | None, revision: str | None, adapter: str | None, image_size: int | None = None
+) -> tuple[PreTrainedModel, SamProcessor]:
     """Returns the model, with the adapter merged, and its processor. The default base is the adapter's, or sam-tiny.
 
     Raises:
         ModelError: If there is none.
     """
     if adapter:
-        adapted, processor = load_adapted(adapter, base, revision)
+        adapted, processor = load_adapted(adapter, base, revision, image_size)
         model = adapted.merge_and_unload()
     else:
-        model, processor = load_base(base or str(SAM_TINY), revision)
+        model, processor = load_base(base or str(SAM_TINY), revision, image_size=image_size)
     return model.eval().to(DEVICE), processor
 
 
-@torch.no_grad()
-def prompted(
-    model: PreTrainedModel,
-    processor: SamProcessor,
-    image: np.ndarray,
-    points: list[list[float]],
-    boxes: list[list[float]],
-    multimask: bool,
-) -> np.ndarray:
-    """Returns a mask for each point or box (objects, H, W), of several the one with the highest predicted IoU."""
-    prompts = {"input_boxes": [boxes]} if boxes else {"input_points": [[[point] for point in points]]}
-    inputs = processor(images=[image], input_data_format="channels_last", return_tensors="pt", **prompts)
-    names = [name for name in ("pixel_values", "input_points", "input_boxes") if name in inputs]
-    outputs = model(**{name: inputs[name].float().to(DEVICE) for name in names}, multimask_output=multimask)
-    _, logits = best_rated(outputs.iou_scores, outputs.pred_masks)
-    (masks,) = processor.post_process_masks(
-        logits.unsqueeze(2).cpu(), inputs["original_sizes"], inputs["reshaped_input_sizes"]
-    )
-    return masks[:, 0].numpy()
-
-
-def everything(
-    model: PreTrainedModel,
-    processor: SamProcessor,
-    image: np.ndarray,
-    grid: int,
-    min_iou: float,
-    min_stability: float,
-) -> np.ndarray:
-    """Returns all masks above the thresholds (objects, H, W), largest first."""
-    # Use stock SAM, because the pipeline logs an error for unknown classes.
-    generate = pipeline(
-        "mask-generation", model=model.to_sam().eval(), image_processor=processor.image_processor, device=DEVICE
-    )
-    limits = {"pred_iou_thresh": min_iou, "stability_score_thresh": min_stability}
-    generated = generate(Image.fromarray(image), points_per_batch=64, points_per_crop=grid, **limits)["masks"]
-    masks = np.array([np.asarray(mask) for mask in generated], dtype=bool).reshape(-1, *image.shape[:2])
-    return masks[np.argsort(-masks.sum((1, 2)))]
-
-
-def as_labels(masks: np.ndarray) -> np.ndarray:
-    """Numbers the masks from 1 in one image (H, W); where they overlap, the last is in front."""
-    labels = np.zeros(masks.shape[1:], dtype=np.uint16)
-    for number, mask in enumerate(masks, start=1):
-        labels[mask] = number
-    return labels
-
-
-def picture_paths(output: Path) -> tuple[Path, Path]:
-    """Returns the paths of the overlay and of the label image, whose names begin with `output`."""
-    return output.with_name(f"{output.name}-masks.png"), output.with_name(f"{output.name}-labels.png")
-
-
-def write_pictures(image: np.ndarray, masks: np.ndarray, output: Path, force: bool = False) -> tuple[Path, Path]:
-    """Writes an overlay and a label image, and returns their paths.
+def find_images(paths: Iterable[Path]) -> dict[str, Path]:
+    """Returns image files, and those in folders and their sub-folders, by the name that their results will have.
 
     Raises:
-        FileExistsError: If one is there already and, with `force`, is no picture of an earlier run.
+        ValueError: If there is none, or two results would have the same name.
     """
-    paths = picture_paths(output)
-    for path, picture in zip(paths, (overlay(image, masks), as_labels(masks)), strict=True):
-        with staged_file(path, PICTURE, force) as file:
-            Image.fromarray(picture).save(file, pnginfo=png_mark(PICTURE))
-    return paths
+    images: dict[str, Path] = {}
+    stems: dict[str, Path] = {}
+    for given in paths:
+        files = [given]
+        if given.is_dir():
+            files = sorted(path for path in given.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+            files = [path for path in files if not path.name.startswith(".")]
+            if not files:
+                raise ValueError(f"{given}: no images in this folder ({', '.join(IMAGE_SUFFIXES)}).")
+        for path in files:
+            name = (path.relative_to(given) if given.is_dir() else Path(path.name)).as_posix()
+            other = stems.setdefault(name.removesuffix(path.suffix), path)
+            if other != path:
+                raise ValueError(f"{path}: has the same name as {other}: give them different --output folders.")
+            images[name] = path
+    return images
+
+
+def boxes_by_image(coco: Path, images: dict[str, Path]) -> dict[str, list[PromptedObject]]:
+    """Returns the boxes of each image, by its name.
+
+    Raises:
+        PromptFileError: If the file has none for an image.
+    """
+    boxes = coco_boxes(coco)
+    missing = [str(path) for name, path in images.items() if name not in boxes]
+    if missing:
+        raise PromptFileError(f"{coco}: lists no image {missing[0]} ({len(missing)} of {len(images)} are missing).")
+    return {name: boxes[name] for name in images}
+
+
+def mask_file(masks: Path, image: Path) -> Path:
+    """Returns the label image that belongs to an image.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if masks.is_file():
+        return masks
+    for suffix in MASK_SUFFIXES:
+        if (path := masks / f"{image.stem}{suffix}").is_file():
+            return path
+    raise ValueError(f"{image}: no label image {image.stem} in {masks} ({', '.join(MASK_SUFFIXES)}).")
+
+
+def nothing_found(found: AutomaticSegments, settings: SegmentationSettings) -> str:
+    """Says why nothing was found, and what to do."""
+    if found.best_rating < settings.min_iou:
+        reason = f"no mask is rated --min-iou {settings.min_iou:g} or more; the best is {found.best_rating:.2f}"
+    else:
+        reason = (
+            f"no mask that is rated enough is as stable as --min-stability {settings.min_stability:g}; the best is "
+            f"{found.best_stability:.2f}"
+        )
+    return f"0 objects: {reason}. Give lower thresholds, or an adapter that brings its own."
+
+
+def stock_segments(segmenter: ImageSegmenter) -> AutomaticSegments:
+    """Returns what the mask-generation pipeline of transformers finds with stock SAM, without tiles.
+
+    It does not tell what it leaves out: the best rating is that of the masks it finds.
+    """
+    model, settings = segmenter.predictor.model, segmenter.settings
+    # Use stock SAM, because the pipeline logs an error for unknown classes.
+    generate = pipeline(
+        "mask-generation",
+        model=model.to_sam().eval(),
+        image_processor=segmenter.predictor.processor.image_processor,
+        device=DEVICE,
+    )
+    limits = {"pred_iou_thresh": settings.min_iou, "stability_score_thresh": settings.min_stability}
+    result = generate(Image.fromarray(segmenter.image), points_per_batch=64, points_per_crop=settings.grid, **limits)
+    ratings = [float(score) for score in result["scores"]]
+    segments = [
+        segment_of(np.asarray(mask, dtype=bool), rating) for mask, rating in zip(result["masks"], ratings, strict=True)
+    ]
+    return AutomaticSegments(segments, max(ratings, default=0.0), 0.0)

@@ -2,12 +2,14 @@
 
 import json
 import warnings
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from .decoding import DataError, ImageReading
 
 
 FILE_NAME = "segmentation.json"
@@ -27,6 +29,7 @@ class SegmentationSettings:
 
     Args:
         image_size: Side of the images that the model was trained on, in pixels; None for the base's own.
+        reading: How the pixels of image files become colours.
         tile: Side of the windows that larger images are cut into, in pixels; None to scale images down instead.
         overlap: Share of a tile that the next one shows too.
         multimask: When to choose among three masks: for a `single-point` (boxes and several points give one mask), as
@@ -41,6 +44,7 @@ class SegmentationSettings:
     """
 
     image_size: int | None = None
+    reading: ImageReading = field(default_factory=ImageReading)
     tile: int | None = None
     overlap: float = 0.25
     multimask: str = "single-point"
@@ -64,8 +68,10 @@ class SegmentationSettings:
             raise SegmentationSettingsError(f"multimask {self.multimask!r}: expected one of {', '.join(MULTIMASK)}.")
 
     def but(self, **changes: Any) -> Self:
-        """Returns these settings with all `changes` that are not None."""
-        return replace(self, **{name: value for name, value in changes.items() if value is not None})
+        """Returns these settings with all `changes`, also those of `reading`, that are not None."""
+        given = {name: value for name, value in changes.items() if value is not None}
+        reading = {each.name: given.pop(each.name) for each in fields(ImageReading) if each.name in given}
+        return replace(self, reading=replace(self.reading, **reading), **given)
 
     def save(self, folder: Path) -> Path:
         """Writes the settings into the folder of the weights, and returns the file's path."""
@@ -91,15 +97,15 @@ class SegmentationSettings:
             values = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise SegmentationSettingsError(f"{path}: cannot be read: {error}") from error
-        known = {field.name for field in fields(cls)}
+        known = {each.name for each in fields(cls)}
         if not isinstance(values, dict) or not known.issuperset(values):
             unknown = ", ".join(sorted(set(values) - known)) if isinstance(values, dict) else type(values).__name__
             raise SegmentationSettingsError(
                 f"{path}: expected settings among {', '.join(sorted(known))}; got {unknown}."
             )
         try:
-            return cls(**values)
-        except SegmentationSettingsError as error:
+            return cls(**values | {"reading": ImageReading(**values.get("reading", {}))})
+        except (SegmentationSettingsError, DataError, TypeError) as error:
             raise SegmentationSettingsError(f"{path}: {error}") from error
 
 

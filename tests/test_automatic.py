@@ -105,7 +105,9 @@ def test_thresholds_leave_the_same_masks_out_before_and_after(tiny, scene):
 
 def test_segments_are_whole_distinct_and_on_the_objects(tiny):
     scene, labels = draw_scene(np.random.default_rng(3), 128, difficulty=0.1)
-    segments = automatic_segments(tiny, scene, SegmentationSettings(min_iou=0.6, min_stability=0.6, grid=16)).segments
+    segments = automatic_segments(
+        tiny, tiny.encode(scene), SegmentationSettings(min_iou=0.6, min_stability=0.6, grid=16)
+    ).segments
     assert len(segments) > 1
     masks = np.array([segment.full(scene.shape[:2]) for segment in segments])
     np.testing.assert_array_equal(masks, clean(masks))
@@ -121,7 +123,7 @@ def test_segments_are_whole_distinct_and_on_the_objects(tiny):
 
 def test_nothing_found_is_no_error(tiny, scene):
     settings = SegmentationSettings(min_iou=1.0, grid=4)
-    found = automatic_segments(tiny, scene, settings)
+    found = automatic_segments(tiny, tiny.encode(scene), settings)
     assert found.segments == []
     assert 0 < found.best_rating < 1
     assert found.best_stability == 0

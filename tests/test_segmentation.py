@@ -1,22 +1,37 @@
-"""Segmenting an image from the command line."""
+"""Segmenting images from the command line."""
 
+import csv
+import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image
+from pycocotools import mask as coco_mask
 from transformers import AutoProcessor, SamModel, pipeline
 from transformers.utils import is_torchvision_available
 
 import segment
 from checkpoint_tools.staging import SAM_TINY, split_class
+from finetuning.metrics import detection_metrics
+from finetuning.model import load_base
+from finetuning.overlays import COLOURS, distinct_colours
+from finetuning.predictor import Predictor
+from finetuning.segment_files import SegmentedImage, write_pictures
+from finetuning.segmentation_settings import SegmentationSettings
+from finetuning.segmenter import ImageSegmenter, PromptedObject
+from finetuning.segments import Segment, iou_matrix, segments_of
 from finetuning.sources import Coins
 from pretraining.drawn_scenes import draw_scene
 
 
-POINTS = ["--point", "50", "155", "--point", "110", "160"]  # two coins
+POINTS = ["--point", "45", "125", "--point", "103", "125"]  # two coins
+FINDS = ["--min-iou", "0.5", "--min-stability", "0.6", "--grid", "8"]  # something in a drawn scene
 
 
 @pytest.fixture(scope="module")
@@ -26,69 +41,206 @@ def coins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def run(*arguments: str | Path) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the overlay and the label image."""
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an image, and a folder with one."""
+    folder = tmp_path_factory.mktemp("scenes")
+    (folder / "more").mkdir()
+    for seed, name in ((3, "one.png"), (4, "more/two.tif")):
+        Image.fromarray(draw_scene(np.random.default_rng(seed), 128, difficulty=0.3)[0]).save(folder / name)
+    return folder
+
+
+def run(*arguments: str | Path) -> Path:
+    """Runs the command, and returns the folder with its results."""
     segment.main(list(map(str, arguments)))
-    output = Path(arguments[arguments.index("--output") + 1])
-    pictures = []
-    for kind in ("masks", "labels"):
-        with Image.open(output.with_name(f"{output.name}-{kind}.png")) as file:
-            pictures.append(np.asarray(file))
-    return pictures[0], pictures[1]
+    return Path(arguments[arguments.index("--output") + 1])
 
 
-def test_points_give_the_masks_of_stock_sam(coins, tmp_path):
-    shown, labels = run(coins, *POINTS, "--output", tmp_path / "new" / "photo")
+def picture(path: Path) -> np.ndarray:
+    with Image.open(path) as file:
+        return np.asarray(file)
+
+
+def stock_masks(coins: Path, multimask: bool, **prompts) -> np.ndarray:
+    """The best rated masks of stock SAM."""
     stock, processor = SamModel.from_pretrained(SAM_TINY), AutoProcessor.from_pretrained(SAM_TINY)
     with Image.open(coins) as image:
-        inputs = processor(image, input_points=[[[[50, 155]], [[110, 160]]]], return_tensors="pt")
-        original = np.asarray(image)
+        inputs = processor(image.convert("RGB"), return_tensors="pt", **prompts)
+    sizes = inputs.pop("original_sizes"), inputs.pop("reshaped_input_sizes")
+    tensors = {name: tensor if "labels" in name else tensor.float() for name, tensor in inputs.items()}
     with torch.no_grad():
-        outputs = stock(
-            pixel_values=inputs["pixel_values"], input_points=inputs["input_points"].float(), multimask_output=False
-        )
-    (masks,) = processor.post_process_masks(
-        outputs.pred_masks, inputs["original_sizes"], inputs["reshaped_input_sizes"]
-    )
-    expected = np.where(masks[1, 0], 2, masks[0, 0])  # the last is in front
-    np.testing.assert_array_equal(labels, expected)
+        outputs = stock(**tensors, multimask_output=multimask)
+    (masks,) = processor.post_process_masks(outputs.pred_masks, *sizes)
+    best = outputs.iou_scores[0].argmax(-1)
+    return masks[torch.arange(len(best)), best].numpy()
+
+
+@pytest.mark.parametrize("multimask", ["single-point", "never"])
+def test_points_give_the_masks_of_stock_sam(multimask, coins, tmp_path):
+    output = run(coins, *POINTS, "--multimask", multimask, "--output", tmp_path / "new" / "folder")
+    masks = stock_masks(coins, multimask == "single-point", input_points=[[[[45, 125]], [[103, 125]]]])
+    labels = picture(output / "coins-labels.png")
+    np.testing.assert_array_equal(labels, np.where(masks[1], 2, masks[0]))  # the last is in front
     assert set(np.unique(labels)) == {0, 1, 2}
-    np.testing.assert_array_equal(shown[labels == 0], original[labels == 0])
+    shown, original = picture(output / "coins-overlay.png"), picture(coins)
     assert (shown[labels > 0] != original[labels > 0]).any(-1).mean() > 0.99
+    assert (shown[labels == 0] == original[labels == 0]).all(-1).mean() > 0.99, "but the points"
 
 
-def test_boxes_and_several_masks(coins, tmp_path):
-    _, labels = run(coins, "--box", "20", "120", "85", "190", "--multimask", "--output", tmp_path / "photo")
-    inside = np.zeros(labels.shape, dtype=bool)
-    inside[115:196, 15:91] = True
-    assert labels.any() and (labels > 0)[inside].sum() > 0.8 * (labels > 0).sum()
+def test_prompts_of_all_kinds_belong_to_the_object_before_them(coins, tmp_path):
+    arguments = [
+        "--point",
+        "45",
+        "125",
+        "--also",
+        "50",
+        "120",
+        "--not",
+        "75",
+        "125",
+        "--box",
+        "80",
+        "105",
+        "125",
+        "150",
+    ]
+    output = run(coins, *arguments, "--not", "150", "125", "--output", tmp_path)
+    labels = picture(output / "coins-labels.png")
+    points = {"input_points": [[[[45, 125], [50, 120], [75, 125]]]], "input_labels": [[[1, 1, 0]]]}
+    first = stock_masks(coins, False, **points)[0]
+    second = stock_masks(
+        coins, False, input_boxes=[[[80, 105, 125, 150]]], input_points=[[[[150, 125]]]], input_labels=[[[0]]]
+    )[0]
+    np.testing.assert_array_equal(labels, np.where(second, 2, first))
 
 
-def test_an_adapter_brings_its_base(coins, tmp_path, monkeypatch):
-    model = split_class().from_pretrained(SAM_TINY)
-    config = LoraConfig(target_modules=["q", "v"], init_lora_weights=False, task_type="FEATURE_EXTRACTION")
-    get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
-    monkeypatch.chdir(tmp_path)
-    _, adapted = run(coins, *POINTS, "--adapter", "adapter", "--output", "photo")
-    _, plain = run(coins, *POINTS, "--output", "plain")
-    assert (adapted != plain).any()
-    Path("adapter", "adapter_model.safetensors").write_bytes(b"damaged")
-    with pytest.raises(SystemExit, match=r"adapter: does not fit .* or is damaged"):
-        run(coins, *POINTS, "--adapter", "adapter", "--output", "damaged")
+def test_annotations_and_table_hold_the_objects_of_the_label_image(scenes, tmp_path):
+    output = run(scenes, "--everything", *FINDS, "--table", "--output", tmp_path)
+    content = json.loads((output / "annotations.json").read_text())
+    with (output / "objects.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [image["file_name"] for image in content["images"]] == ["more/two.tif", "one.png"]
+    assert content["categories"] == [{"id": 1, "name": "object"}]
+    assert len(content["annotations"]) == len(table) > 4
+    counts = np.frombuffer(content["annotations"][0]["segmentation"]["counts"].encode(), np.uint8)
+    assert counts.size
+    for image in content["images"]:
+        labels = picture(output / f"{image['file_name'].rpartition('.')[0]}-labels.png")
+        own = [a for a in content["annotations"] if a["image_id"] == image["id"]]
+        areas = [coco_mask.area(a["segmentation"]) for a in own]
+        assert areas == [a["area"] for a in own] == sorted(areas, reverse=True)
+        last = own[-1]  # nothing is in front of it
+        assert (labels == last["label"]).sum() == last["area"]
+        assert labels.max() == last["label"] == len(own)
+        rows = [row for row in table if row["image"] == image["file_name"]]
+        assert [int(row["area"]) for row in rows] == areas
+        assert all(0.5 <= float(row["score"]) <= 1 and 0.6 <= float(row["stability"]) <= 1 for row in rows)
 
 
-def test_pictures_replace_only_those_of_an_earlier_run(coins, tmp_path):
-    run(coins, *POINTS, "--output", tmp_path / "photo")
-    with pytest.raises(SystemExit, match=r"photo-masks\.png exists: .* --force"):
-        run(coins, *POINTS, "--output", tmp_path / "photo")
-    run(coins, *POINTS, "--output", tmp_path / "photo", "--force")
-    mine = tmp_path / "mine-labels.png"
-    mine.write_bytes(coins.read_bytes())
-    with pytest.raises(SystemExit, match=r"mine-labels\.png is not marked as an earlier output"):
-        run(coins, *POINTS, "--output", tmp_path / "mine", "--force")
-    with pytest.raises(SystemExit, match="which is read, are the same"):
-        run(mine, *POINTS, "--output", tmp_path / "mine", "--force")
-    assert mine.read_bytes() == coins.read_bytes()
+def test_boxes_and_categories_of_annotations(coins, tmp_path):
+    boxes = [[23, 103, 44, 42], [80, 107, 44, 38]]
+    content = {
+        "images": [{"id": 7, "file_name": "coins.png"}, {"id": 8, "file_name": "other.png"}],
+        "annotations": [
+            {"image_id": 7, "bbox": box, "category_id": category} for box, category in zip(boxes, (5, 3), strict=True)
+        ],
+        "categories": [{"id": 3, "name": "copper"}, {"id": 5, "name": "gold"}],
+    }
+    (tmp_path / "boxes.json").write_text(json.dumps(content))
+    output = run(coins, "--coco", tmp_path / "boxes.json", "--output", tmp_path / "out")
+    expected = stock_masks(coins, False, input_boxes=[[[x, y, x + w, y + h] for x, y, w, h in boxes]])
+    np.testing.assert_array_equal(picture(output / "coins-labels.png"), np.where(expected[1], 2, expected[0]))
+    written = json.loads((output / "annotations.json").read_text())
+    names = {category["id"]: category["name"] for category in written["categories"]}
+    assert [names[annotation["category_id"]] for annotation in written["annotations"]] == ["gold", "copper"]
+    content["images"][0]["file_name"] = "elsewhere.png"
+    (tmp_path / "boxes.json").write_text(json.dumps(content))
+    with pytest.raises(SystemExit, match=r"boxes\.json: lists no image .*coins\.png"):
+        run(coins, "--coco", tmp_path / "boxes.json", "--output", tmp_path / "other")
+    (tmp_path / "boxes.json").write_text("[]")
+    with pytest.raises(SystemExit, match=r"boxes\.json: expected COCO annotations"):
+        run(coins, "--coco", tmp_path / "boxes.json", "--output", tmp_path / "other")
+
+
+def test_rough_masks_are_refined(coins, tmp_path):
+    """Eroded labels as prompts give better masks than they are."""
+    source = Coins().read()
+    truth = [segment for segment in segments_of(source.labels) if segment.left < 150]
+    rough = np.zeros_like(source.labels)
+    for number, thing in enumerate(truth, start=1):
+        left, top, right, bottom = thing.box
+        rough[top + 8 : bottom - 8, left + 8 : right - 8] = number
+    (tmp_path / "masks").mkdir()
+    Image.fromarray(rough.astype(np.uint8)).save(tmp_path / "masks" / "coins.png")
+    output = run(coins, "--masks", tmp_path / "masks", "--output", tmp_path / "out")
+    refined = segments_of(picture(output / "coins-labels.png"))
+    before, after = (iou_matrix(truth, each).max(1).mean() for each in (segments_of(rough), refined))
+    assert after > before
+    Image.fromarray(rough[:9].astype(np.uint8)).save(tmp_path / "masks" / "coins.png")
+    with pytest.raises(SystemExit, match=r"expected a label image of 384 x 303 pixels .*got 384 x 9"):
+        run(coins, "--masks", tmp_path / "masks", "--output", tmp_path / "other")
+
+
+class TestAdapters:
+    @pytest.fixture
+    def adapter(self, tmp_path: Path) -> Path:
+        model = split_class().from_pretrained(SAM_TINY)
+        config = LoraConfig(target_modules=["q", "v"], init_lora_weights=False, task_type="FEATURE_EXTRACTION")
+        get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+        return tmp_path / "adapter"
+
+    def test_an_adapter_brings_its_base(self, adapter, coins, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        adapted, plain = (
+            picture(run(coins, *POINTS, *options, "--output", name) / "coins-labels.png")
+            for name, options in (("adapted", ["--adapter", "adapter"]), ("plain", []))
+        )
+        assert (adapted != plain).any()
+        Path("adapter", "adapter_model.safetensors").write_bytes(b"damaged")
+        with pytest.raises(SystemExit, match=r"adapter: does not fit .* or is damaged"):
+            run(coins, *POINTS, "--adapter", "adapter", "--output", "damaged")
+
+    def test_an_adapter_brings_its_settings(self, adapter, scenes, tmp_path):
+        """They give what the same options give, and options go before them."""
+        settings = SegmentationSettings(
+            image_size=64, tile=100, grid=6, min_iou=0.3, min_stability=0.4, max_overlap=0.7, multimask="always"
+        )
+        settings.save(adapter)
+        scene, options = scenes / "one.png", ["--everything", "--adapter", adapter]
+        brought = picture(run(scene, *options, "--output", tmp_path / "a") / "one-labels.png")
+        assert brought.max() > 1
+        changed = picture(run(scene, *options, "--grid", "3", "--output", tmp_path / "b") / "one-labels.png")
+        assert (changed != brought).any()
+        (adapter / "segmentation.json").unlink()
+        given = ["--image-size", "64", "--tile", "100", "--grid", "6", "--min-iou", "0.3", "--min-stability", "0.4"]
+        given += ["--max-overlap", "0.7", "--multimask", "always"]
+        np.testing.assert_array_equal(
+            picture(run(scene, *options, *given, "--output", tmp_path / "c") / "one-labels.png"), brought
+        )
+
+    def test_damaged_settings_are_named(self, adapter, coins, tmp_path):
+        (adapter / "segmentation.json").write_text("{")
+        with pytest.raises(SystemExit, match=r"segmentation\.json: cannot be read"):
+            run(coins, *POINTS, "--adapter", adapter, "--output", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--min-iou", "0.97"], r"no mask is rated --min-iou 0\.97 or more; the best is 0\.\d\d\. Give"),
+        (
+            ["--min-iou", "0.3", "--min-stability", "1"],
+            r"no mask that is rated enough is as stable as --min-stability 1; the best is 0\.\d\d\. Give",
+        ),
+    ],
+)
+def test_nothing_found_tells_the_best_scores(options, reason, coins, tmp_path, capsys):
+    output = run(coins, "--everything", "--grid", "6", *options, "--output", tmp_path)
+    printed = capsys.readouterr().out
+    assert re.search(rf"coins\.png: 0 objects: {reason}", printed), printed
+    assert not picture(output / "coins-labels.png").any()
+    assert json.loads((output / "annotations.json").read_text())["annotations"] == []
 
 
 @pytest.mark.parametrize(
@@ -99,11 +251,13 @@ def test_pictures_replace_only_those_of_an_earlier_run(coins, tmp_path):
     ],
     ids=["given", "default"],
 )
-def test_everything_gives_the_masks_of_stock_sam(options, thresholds, tmp_path, logged):
+def test_the_stock_pipeline_gives_the_masks_of_stock_sam(options, thresholds, tmp_path, logged):
     pytest.importorskip("torchvision", reason="duplicate masks are removed with torchvision")
     scene, _ = draw_scene(np.random.default_rng(3), 128, difficulty=0.5)
     Image.fromarray(scene).save(tmp_path / "scene.png")
-    _, labels = run(tmp_path / "scene.png", "--everything", "--grid", "8", *options, "--output", tmp_path / "all")
+    stock = ["--everything", "--pipeline", "stock", "--grid", "8"]
+    output = run(tmp_path / "scene.png", *stock, *options, "--output", tmp_path / "all")
+    labels = picture(output / "scene-labels.png")
     processor = AutoProcessor.from_pretrained(SAM_TINY)
     generate = pipeline(
         "mask-generation", SamModel.from_pretrained(SAM_TINY), image_processor=processor.image_processor
@@ -117,14 +271,104 @@ def test_everything_gives_the_masks_of_stock_sam(options, thresholds, tmp_path, 
     assert logged == []
 
 
+@pytest.fixture(scope="module")
+def mosaic() -> tuple[np.ndarray, np.ndarray]:
+    """An image of four scenes, and its labels."""
+    drawn = [draw_scene(np.random.default_rng(seed), 128, difficulty=0.1) for seed in (3, 4, 5, 6)]
+    image, labels = (
+        np.concatenate([np.concatenate([scene[part] for scene in drawn[row : row + 2]], 1) for row in (0, 2)])
+        for part in (0, 1)
+    )
+    for number, (row, column) in enumerate(np.ndindex(2, 2)):
+        part = labels[128 * row : 128 * row + 128, 128 * column : 128 * column + 128]
+        part[part > 0] += 100 * number
+    return image, labels
+
+
+@pytest.fixture(scope="module")
+def predictor() -> Predictor:
+    model, processor = load_base(str(SAM_TINY))
+    return Predictor(model.eval(), processor)
+
+
+class TestTiles:
+    """As large as a scene."""
+
+    def test_small_objects_are_found_in_tiles(self, predictor, mosaic):
+        settings = SegmentationSettings(grid=12, min_iou=0.65, min_stability=0.7)
+        truth = segments_of(mosaic[1])
+        scores = [
+            detection_metrics([iou_matrix(truth, ImageSegmenter(predictor, mosaic[0], each).everything().segments)])
+            for each in (settings, replace(settings, tile=128))
+        ]
+        assert scores[1]["msa"] > 1.2 * scores[0]["msa"] > 0
+
+    def test_prompts_in_tiles(self, predictor, mosaic):
+        """Each object is predicted in the tile that shows it best, which gives the masks of this tile alone."""
+        image, labels = mosaic
+        settings = SegmentationSettings(tile=128, overlap=0)
+        truth = segments_of(labels)
+        objects = [PromptedObject(box=thing.box) for thing in truth]
+        whole = ImageSegmenter(predictor, image, settings)
+        segments = whole.prompted(objects)
+        assert iou_matrix(truth, segments).diagonal().mean() > 0.7
+        corner = [index for index, thing in enumerate(truth) if min(thing.box[:2]) >= 128]
+        boxes = [np.subtract(truth[index].box, 128).tolist() for index in corner]
+        alone = ImageSegmenter(predictor, image[128:, 128:], replace(settings, tile=None))
+        for index, other in zip(corner, alone.prompted([PromptedObject(box=box) for box in boxes]), strict=True):
+            assert segments[index].box == other.moved(128, 128).box
+            np.testing.assert_array_equal(segments[index].crop, other.crop)
+
+    def test_an_object_larger_than_a_tile_gets_a_window_of_its_own(self, predictor, mosaic):
+        segmenter = ImageSegmenter(predictor, mosaic[0], SegmentationSettings(tile=64))
+        rows, columns = segmenter.window_of(PromptedObject(box=(20, 60, 200, 120)))
+        assert (rows.start, rows.stop, columns.start, columns.stop) == (15, 166, 0, 246)
+        (segment,) = segmenter.prompted([PromptedObject(box=(20, 60, 200, 120))])
+        assert segment.area > 0
+
+    def test_each_tile_is_encoded_once(self, predictor, mosaic, monkeypatch):
+        calls = []
+        encode = predictor.encode
+        monkeypatch.setattr(predictor, "encode", lambda image: calls.append(image.shape) or encode(image))
+        segmenter = ImageSegmenter(predictor, mosaic[0], SegmentationSettings(tile=128, overlap=0, grid=2))
+        for _ in range(2):
+            segmenter.prompted([PromptedObject(points=[(x, y)]) for x in (30, 200) for y in (30, 200)])
+            segmenter.everything()
+        assert calls == [(128, 128, 3)] * 4
+
+
+def test_more_objects_than_16_bits_hold_are_written_as_tiff(tmp_path):
+    segments = [Segment(i % 300, i // 300, np.ones((1, 1), bool), 1.0, 1.0) for i in range(66_000)]
+    image = np.zeros((220, 300, 3), np.uint8)
+    _, path = write_pictures(SegmentedImage("many.png", image, segments[:1]), tmp_path)
+    assert path.suffix == ".png"
+    _, path = write_pictures(SegmentedImage("many.png", image, segments), tmp_path)
+    assert path.suffix == ".tif"
+    np.testing.assert_array_equal(tifffile.imread(path).ravel(), np.arange(1, 66_001))
+
+
+def test_neighbours_have_different_colours():
+    boxes = [(x, y) for y in range(0, 50, 10) for x in range(0, 50, 10)]
+    segments = [Segment(x, y, np.ones((9, 9), bool), 1.0, 1.0) for x, y in boxes]
+    colours = distinct_colours(segments)
+    assert set(colours) == set(range(len(COLOURS)))
+    for (x, y), colour in zip(boxes, colours, strict=True):
+        for (other_x, other_y), other in zip(boxes, colours, strict=True):
+            if abs(x - other_x) + abs(y - other_y) == 10:
+                assert colour != other
+    assert distinct_colours([]) == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        (["photo.png"], "expected --point, --box or --everything"),
-        (["photo.png", "--everything", "--point", "1", "1"], "expected --point, --box or --everything"),
-        (["photo.png", "--box", "1", "1", "2", "2", "--point", "1", "1"], "expected one kind"),
+        (["photo.png"], "expected one of --point and --box, --coco, --masks or --everything"),
+        (["photo.png", "--everything", "--point", "1", "1"], "expected one of --point"),
+        (["photo.png", "--coco", "a", "--masks", "b"], "expected one of --point"),
+        (["photo.png", "--not", "1", "1"], "--not: expected --point or --box before it"),
+        (["photo.png", "--point", "1", "1", "--pipeline", "stock"], "--pipeline stock: expected --everything"),
         pytest.param(
-            ["photo.png", "--everything"],
+            ["photo.png", "--everything", "--pipeline", "stock"],
             "pip install torchvision",
             marks=pytest.mark.skipif(is_torchvision_available(), reason="it is there"),
         ),
@@ -141,19 +385,55 @@ def test_contradictory_arguments_are_refused(arguments, problem, capsys):
     ("arguments", "problem"),
     [
         (["--point", "385", "10"], "outside of the image of 384 x 303"),
-        (["--box", "9", "9", "9", "20"], "expected left < right"),
+        (["--box", "9", "9", "9", "20"], "box 9 9 9 20: expected left < right"),
         (["--point", "1", "1", "--base", "nothing"], "nothing: not a SAM v1 checkpoint"),
         (["--point", "1", "1", "--adapter", "nothing"], "nothing: not an adapter"),
+        (["--everything", "--min-iou", "7"], "min_iou 7.0: expected a number from 0 to 1"),
+        (["--everything", "--image-size", "100"], "image_size"),
+        (["empty", "--everything"], "empty: no images in this folder"),
+        (["twin/coins.tif", "--everything"], "has the same name as"),
+        (["twin/other.tif", "--point", "1", "1"], "prompts are given for one image, but there are 2"),
     ],
 )
 def test_nothing_is_written_for_bad_prompts_and_models(arguments, problem, coins, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
     with pytest.raises(SystemExit, match=problem):
         segment.main([str(coins), *arguments])
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
 
 
-def test_a_file_that_is_no_image_is_named(tmp_path):
-    (tmp_path / "photo.png").touch()
-    with pytest.raises(SystemExit, match=r"photo\.png: cannot be read"):
-        segment.main([str(tmp_path / "photo.png"), "--point", "1", "1"])
+def test_a_broken_image_is_named_and_the_others_are_segmented(scenes, coins, tmp_path):
+    (tmp_path / "broken.png").touch()
+    with pytest.raises(SystemExit, match=r"broken\.png: cannot be read"):
+        run(tmp_path / "broken.png", coins, "--everything", "--grid", "4", "--output", tmp_path / "out")
+    assert (tmp_path / "out" / "coins-labels.png").exists()
+    with pytest.raises(SystemExit, match=r"broken\.png: cannot be read"):
+        run(tmp_path / "broken.png", "--point", "1", "1", "--output", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_results_replace_only_those_of_an_earlier_run(coins, tmp_path):
+    run(coins, *POINTS, "--output", tmp_path / "out")
+    with pytest.raises(SystemExit, match=r"out is not empty: .* --force"):
+        run(coins, *POINTS, "--output", tmp_path / "out")
+    run(coins, *POINTS, "--output", tmp_path / "out", "--force")
+    (tmp_path / "out" / "mine.txt").touch()
+    with pytest.raises(SystemExit, match=r"also holds mine\.txt"):
+        run(coins, *POINTS, "--output", tmp_path / "out", "--force")
+    with pytest.raises(SystemExit, match="which is read, are the same"):
+        run(coins, *POINTS, "--output", coins.parent, "--force")
+
+
+def test_images_are_read_as_in_training(coins, tmp_path):
+    """16-bit images by the intensities that came with the model, unless others are given."""
+    pixels = Coins().read().image[..., 0].astype(np.uint16) * 10
+    Image.fromarray(pixels).save(tmp_path / "deep.png")
+    expected = picture(run(coins, *POINTS, "--output", tmp_path / "plain") / "coins-labels.png")
+    deep = [tmp_path / "deep.png", *POINTS]
+    same = run(*deep, "--intensity", "percentile 0 100", "--output", tmp_path / "a")
+    other = run(*deep, "--intensity", "dtype", "--output", tmp_path / "b")
+    assert (picture(same / "deep-labels.png") == expected).mean() > 0.98
+    assert (picture(other / "deep-labels.png") != expected).mean() > 0.02
+    with pytest.raises(SystemExit, match="--intensity bright"):
+        run(*deep, "--intensity", "bright", "--output", tmp_path / "c")

@@ -9,6 +9,7 @@ from finetuning.segmentation_settings import FILE_NAME, SegmentationSettings, Se
 
 
 SETTINGS = SegmentationSettings(image_size=192, tile=512, multimask="never", min_iou=0.7, min_stability=0.8)
+SETTINGS = SETTINGS.but(channels=(2, 1), intensity="min-max")
 
 
 def test_a_folder_keeps_them(tmp_path):
@@ -47,6 +48,8 @@ def test_what_is_given_goes_before_what_is_saved():
         ("{", "cannot be read"),
         ("[1]", "expected settings among .*; got list"),
         (json.dumps({"min_iuo": 0.5}), "expected settings among .*min_iou.*; got min_iuo"),
+        (json.dumps({"reading": {"intensity": "bright"}}), "--intensity bright"),
+        (json.dumps({"reading": {"gamma": 2}}), "unexpected keyword argument 'gamma'"),
         (json.dumps({"min_iou": 7}), r"segmentation\.json: min_iou 7: expected a number from 0 to 1"),
         (json.dumps({"min_iou": "high"}), "min_iou 'high': expected a number"),
         (json.dumps({"grid": None}), "grid None: expected a whole number"),

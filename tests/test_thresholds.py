@@ -39,7 +39,9 @@ def test_scores_are_those_of_the_thresholds(tiny, scenes):
     for cell in ((0, 0), (14, 3), (18, 2)):
         settings = replace(SETTINGS, min_iou=float(RATINGS[cell[0]]), min_stability=float(STABILITIES[cell[1]]))
         expected = [
-            mean_segmentation_accuracy(iou_matrix(truth, automatic_segments(tiny, image, settings).segments))
+            mean_segmentation_accuracy(
+                iou_matrix(truth, automatic_segments(tiny, tiny.encode(image), settings).segments)
+            )
             for image, truth in scenes
         ]
         assert sweep.scores[cell] == pytest.approx(np.mean(expected)), cell
