@@ -125,10 +125,10 @@ for axis, title, (image, labels) in zip(axes, ("training", "held out"), (*train,
 
 # %%
 from examples.finetune_minimal import mask_loss, object_ids, predict, random_point
-from finetuning.metrics import detection_metrics, iou_matrix
+from finetuning.clicks import deepest
+from finetuning.metrics import detection_metrics
 from finetuning.predictor import ObjectPrompts, Predictor
-from finetuning.prompts import deepest
-from finetuning.segments import segment_of
+from finetuning.segments import iou_matrix, segment_of
 
 
 def evaluate(model, pairs):
@@ -136,7 +136,7 @@ def evaluate(model, pairs):
     predictor, scores = Predictor(model.eval(), processor), []
     for image, labels in pairs:
         ids = object_ids(labels)
-        points = [[deepest(labels == number)[::-1].tolist()] for number in ids]
+        points = [[list(deepest(labels == number)[0][::-1])] for number in ids]
         masks, _, _ = predictor.predict(predictor.encode(image), ObjectPrompts(points=points), multimask=False)
         predicted = np.zeros_like(labels)
         for number, mask in zip(ids, masks, strict=True):
@@ -202,7 +202,7 @@ panels = {
 figure, axes = plt.subplots(1, 3, figsize=(11, 5.5), layout="constrained")
 for axis, (title, shown) in zip(axes, panels.items(), strict=True):
     axis.imshow(outlined(image, shown))
-    axis.plot(*np.array([deepest(labels == number)[::-1] for number in object_ids(labels)]).T, "c+", markersize=9)
+    axis.plot(*np.array([deepest(labels == number)[0][::-1] for number in object_ids(labels)]).T, "c+", markersize=9)
     axis.set_title(title)
     axis.axis("off")
 
@@ -271,13 +271,13 @@ print(f"Mean IoU on the held-out coins: {evaluate(model, held_out)[0]:.3f}")
 # `python evaluate.py` prints these numbers for an adapter, before and after, with boxes and corrective clicks as well.
 
 # %%
-from finetuning.automatic import automatic_segments
 from finetuning.segmentation_settings import SegmentationSettings
+from finetuning.segmenter import ImageSegmenter
 
 
 settings = SegmentationSettings(grid=16, min_iou=0.6, min_stability=0.7)
 image, labels = held_out[-1]
-segments = automatic_segments(Predictor(model.eval(), processor), image, settings)
+segments = ImageSegmenter(Predictor(model.eval(), processor), image, settings).everything().segments
 cut = (coins.labels[:, middle:] > 0) & (labels == 0)  # coins that the cut divides are not labelled
 segments = [segment for segment in segments if cut[segment.window][segment.crop].mean() < 0.5]
 truth = [segment_of(labels == number) for number in object_ids(labels)]
