@@ -135,13 +135,16 @@ def pillow_pixels(file: Image.Image, index: int, as_labels: bool) -> Pixels:
     file.seek(index)
     step = {"L;2": 85, "L;4": 17}.get(raw_mode(file)[:3], 1)  # between grey values of 2 or 4 bits
     orientation = file.getexif().get(ORIENTATION, 1)
-    image = ImageOps.exif_transpose(file)
-    orientation = orientation if orientation in range(2, 9) else 1
+    if orientation in range(2, 9):
+        image = ImageOps.exif_transpose(file)
+    else:
+        image, orientation = file, 1
     if image.mode in NUMBER_MODES:
         values = np.array(image)
         return Pixels(values.astype(values.dtype.newbyteorder("=")), orientation=orientation)
     if not as_labels:
-        return Pixels(np.array(image.convert("RGB")), bands_are_colours=True, orientation=orientation)
+        image = image if image.mode == "RGB" else image.convert("RGB")
+        return Pixels(np.array(image), bands_are_colours=True, orientation=orientation)
     if image.mode == "PA":
         image = image.getchannel(0)
     return Pixels(np.array(image) // step if step > 1 else np.array(image), orientation=orientation)

@@ -8,6 +8,7 @@ from skimage import measure
 from .decoding import DataError
 
 
+MOST_NUMBERS = 2**16
 VOID = -1  # in labels: pixels that are neither object nor background, and do not count in the loss
 
 
@@ -44,33 +45,46 @@ class LabelReading:
     def objects(self, mask: np.ndarray) -> np.ndarray:
         """Returns labels (H, W) of a mask (H, W) of integers: 0 for background, `VOID`, and a number for each object.
 
-        Objects keep their numbers, but for 0, and for `components`. The labels have the smallest type that holds them.
+        Objects keep their numbers, but for 0, for `components`, and where there are numbers above `MOST_NUMBERS`. The
+        labels have the smallest type that holds them.
 
         Raises:
             ValueError: If a number is negative, and not void.
         """
         if self.threshold is not None:
             mask = mask >= self.threshold
-        void = np.isin(mask, self.void or ())
-        background = np.isin(mask, self.background or (0,)) | void
-        kept = mask[~background]
-        if kept.size and (lowest := kept.min()) < 0:
+        numbers = self.background or (0,)
+        void = np.isin(mask, self.void) if self.void else None
+        others = mask if void is None else mask[~void]
+        if (lowest := others.min(initial=0)) < 0 and lowest not in numbers:
             raise ValueError(
                 f"negative label {lowest}; labels must be 0 (background) or positive. If it marks pixels without a "
                 f"label, say --void {lowest}."
             )
-        largest = int(kept.max(initial=0)) + 1
+        largest = int(others.max(initial=0)) + (0 not in numbers)
         labels = mask.astype(type_for(largest, void))
-        labels[mask == 0] = largest
-        labels[background] = 0
-        if self.instances == "components":
-            labels = measure.label(labels, background=0, connectivity=2)
+        if 0 not in numbers:
+            labels[mask == 0] = largest
+        if numbers != (0,):
+            labels[np.isin(mask, numbers)] = 0
+        if void is not None:
+            labels[void] = 0
+        if self.instances == "components" or largest > MOST_NUMBERS:
+            labels = with_new_numbers(labels, self.instances == "components")
             labels = labels.astype(type_for(int(labels.max(initial=0)), void))
-        if void.any():
+        if void is not None and void.any():
             labels[void] = VOID
         return labels
 
 
-def type_for(largest: int, void: np.ndarray) -> np.dtype:
+def with_new_numbers(labels: np.ndarray, are_components: bool) -> np.ndarray:
+    """Numbers the objects, or their connected parts, from 1; 0 stays 0."""
+    if are_components:
+        return measure.label(labels, background=0, connectivity=2)
+    numbers, places = np.unique(labels, return_inverse=True)
+    return places.reshape(labels.shape) + (0 not in numbers)
+
+
+def type_for(largest: int, void: np.ndarray | None) -> np.dtype:
     """The smallest type of labels up to `largest`, and of `VOID` if there is any."""
-    return np.min_scalar_type(-largest - 1 if void.any() else largest)
+    return np.min_scalar_type(largest if void is None or not void.any() else -largest - 1)

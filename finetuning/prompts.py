@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy import ndimage
 from torch.utils.data import Dataset
 from transformers import SamProcessor
 
@@ -60,15 +61,15 @@ class ItemEncoder:
         what is beyond it or has no label.
         """
         prompts, told = self.prompts, {}
-        masks, void = [mask_of(labels, label) for label in ids], void_of(labels)
+        boxes, size = boxes_of(labels, ids), labels.shape[-2:]
         if prompts.kind != "box":
             drawn = [
-                draw_points(mask, prompts.points, prompts.negative_points, rng, central=not train, void=void)
-                for mask in masks
+                draw_points(labels, label, box, prompts.points, prompts.negative_points, rng, central=not train)
+                for label, box in zip(ids, boxes, strict=True)
             ]
             told["input_points"], told["input_labels"] = [[list(part)] for part in zip(*drawn, strict=True)]
         if prompts.kind != "point":
-            told["input_boxes"] = [[draw_box(mask, prompts.jitter if train else 0.0, rng) for mask in masks]]
+            told["input_boxes"] = [[draw_box(box, size, prompts.jitter if train else 0.0, rng) for box in boxes]]
         inputs = self.processor(images=[image], input_data_format="channels_last", return_tensors="pt", **told)
         encoded = {name: inputs[name][0] for name in ("pixel_values", *told)}
         for name in {"pixel_values", "input_points", "input_boxes"} & set(encoded):
@@ -186,49 +187,62 @@ class ValidationSet(Dataset):
         return self.encode(image, labels, ids, np.random.default_rng([self.seed, 2, index]), train=False)
 
 
+def boxes_of(labels: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """Returns the (left, top, right, bottom) pixels (n, 4) of objects in labels (..., H, W)."""
+    boxes = {}
+    for layer in labels if labels.ndim == 3 else [labels]:
+        windows = ndimage.find_objects(layer)  # of all objects at once, as images may be large
+        boxes.update({number: window for number, window in enumerate(windows, start=1) if window})
+    found = [boxes[int(number)] for number in ids]
+    return np.array([[columns.start, rows.start, columns.stop - 1, rows.stop - 1] for rows, columns in found])
+
+
 def draw_points(
-    mask: np.ndarray, positive: int, negative: int, rng: np.random.Generator, central: bool, void: np.ndarray
+    labels: np.ndarray,
+    label: int,
+    box: np.ndarray,
+    positive: int,
+    negative: int,
+    rng: np.random.Generator,
+    central: bool,
 ) -> tuple[list[list[float]], list[int]]:
-    """Returns points (x, y) in `mask` (H, W) and beside it, but not in `void` (H, W), and their labels.
+    """Returns points (x, y) in an object and within half its size beside it, and their labels.
 
-    The labels are 1 inside, 0 outside, and -10 (padding) where there is nothing beside it.
+    Args:
+        labels: Labels (..., H, W).
+        label: The object's number.
+        box: Its (left, top, right, bottom) pixels.
+        positive: Number of points in it.
+        negative: Number of points beside it, but not where there is no label.
+        rng: Draws them.
+        central: Whether the first is the one deepest inside.
 
-    With `central`, the first is the one deepest inside.
+    Returns:
+        The points, and their labels: 1 inside, 0 outside, and -10 (padding) where there is nothing beside it.
     """
+    left, top, right, bottom = box.tolist()
+    margin = 1 + max(right - left, bottom - top) // 2
+    around = np.s_[max(0, top - margin) : bottom + margin + 1, max(0, left - margin) : right + margin + 1]
+    mask, void = mask_of(labels[..., *around], label), void_of(labels[..., *around])
     inside = np.argwhere(mask)
     points = inside[rng.integers(len(inside), size=positive)]
-    labels = [1] * positive
+    point_labels = [1] * positive
     if central:
         points[0] = deepest(mask)[0]
     if negative:
-        beside = np.argwhere(surroundings(mask) & ~mask & ~void)
-        labels += [0 if len(beside) else PADDING] * negative
+        beside = np.argwhere(~mask & ~void)
+        point_labels += [0 if len(beside) else PADDING] * negative
         beside = beside if len(beside) else np.zeros((1, 2), dtype=int)
         points = np.concatenate([points, beside[rng.integers(len(beside), size=negative)]])
-    return [[float(column), float(row)] for row, column in points], labels
+    points = points + np.array([around[0].start, around[1].start])
+    return [[float(column), float(row)] for row, column in points], point_labels
 
 
-def surroundings(mask: np.ndarray) -> np.ndarray:
-    """The part of the image within half an object's size of the box of `mask`."""
-    around = np.zeros_like(mask)
-    left, top, right, bottom = (int(edge) for edge in box_of(mask))
-    margin = 1 + max(right - left, bottom - top) // 2
-    around[max(0, top - margin) : bottom + margin + 1, max(0, left - margin) : right + margin + 1] = True
-    return around
-
-
-def draw_box(mask: np.ndarray, jitter: float, rng: np.random.Generator) -> list[float]:
-    """Returns the box (left, top, right, bottom) of `mask` (H, W), with noise but inside the image."""
-    box = box_of(mask)
+def draw_box(box: np.ndarray, size: tuple[int, ...], jitter: float, rng: np.random.Generator) -> list[float]:
+    """Returns a box (left, top, right, bottom) with noise, but inside an image of `size` (height, width)."""
     sides = np.tile(box[2:] - box[:2], 2)
     box = box + np.clip(jitter * sides * rng.standard_normal(4), -MOST_JITTER, MOST_JITTER)
     (top, bottom), (left, right) = (
-        np.sort(np.clip(box[axis::2], 0, edge - 1)) for axis, edge in ((1, mask.shape[0]), (0, mask.shape[1]))
+        np.sort(np.clip(box[axis::2], 0, edge - 1)) for axis, edge in ((1, size[0]), (0, size[1]))
     )
     return [float(left), float(top), float(right), float(bottom)]
-
-
-def box_of(mask: np.ndarray) -> np.ndarray:
-    """The (left, top, right, bottom) pixels of `mask`."""
-    rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
-    return np.array([columns[0], rows[0], columns[-1], rows[-1]], dtype=float)

@@ -119,12 +119,12 @@ def read_data(settings: DataSettings, mask_side: int, seed: int) -> tuple[TrainV
     else:
         found = SourceList([Coins()])
     sources = found.sources
-    notes = [f"{number} {what}" for what, number in found.left_out.items()] + found.notes
     validation = settings.validation or (0.5 if len(sources) == 1 else 0.2)
     parts = train_validation_parts(
         sources, mask_side, validation, settings.tile, settings.overlap, settings.min_area, seed
     )
-    parts.notes[:0] = notes
+    parts.left_out = found.left_out + parts.left_out
+    parts.notes[:0] = found.notes
     number = "1 image" if len(sources) == 1 else f"{len(sources)} images"
     return parts, f"{number} from {settings.images.name}" if settings.images else "A photograph of coins"
 

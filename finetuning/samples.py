@@ -1,6 +1,5 @@
 """Divides the data into training and validation samples: images, or tiles of images."""
 
-import functools
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -8,40 +7,55 @@ from dataclasses import dataclass, field
 import numpy as np
 from tqdm import tqdm
 
+from .caching import ImageCache
 from .sources import DataError, LabelledImage, Source
 
 
 Window = tuple[slice, slice]
+CACHE = ImageCache()  # of this process: many tiles share an image
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A window of an image, the ids of the objects used from it, and their categories as far as there are any."""
+    """A window of an image, and the objects used from it.
+
+    Args:
+        source: The image and its objects.
+        window: Rows and columns.
+        ids: The numbers of the objects.
+        categories: Their categories, as far as there are any.
+        areas: The pixels that each object shows in the window.
+        mask_areas: The pixels that each shows in the masks that the model predicts.
+    """
 
     source: Source
     window: Window
     ids: np.ndarray
     categories: dict[int, str] = field(default_factory=dict)
+    areas: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=int))
+    mask_areas: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=int))
 
     def read(self) -> tuple[np.ndarray, np.ndarray]:
         """Returns the part of the image (H, W, 3) and its labels (..., H, W), with all objects that show in it."""
-        whole = read_cached(self.source)
+        whole = CACHE.read(self.source)
         return whole.image[self.window], whole.labels[..., *self.window]
-
-
-@functools.lru_cache(maxsize=8)  # images may be large, and many tiles share one
-def read_cached(source: Source) -> LabelledImage:
-    """Reads a source, and keeps the last ones in memory."""
-    return source.read()
 
 
 @dataclass
 class TrainValidationParts:
-    """The training and validation samples, and notes on what was left out."""
+    """The training and validation samples.
+
+    Args:
+        train: Samples to learn from.
+        validation: Samples to validate on.
+        left_out: How many objects, images and tiles are left out, by reason.
+        notes: Further remarks on how the data was read.
+    """
 
     train: list[Sample]
     validation: list[Sample]
-    notes: list[str]
+    left_out: Counter[str] = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)
 
 
 def train_validation_parts(
@@ -69,70 +83,107 @@ def train_validation_parts(
     Raises:
         DataError: If there is something wrong with any of the files, or nothing is left to learn from or validate on.
     """
-    sizes, left_out = check(sources)
     held_out = set(np.random.default_rng(seed).permutation(len(sources))[: max(1, round(validation * len(sources)))])
     samples: dict[bool, list[Sample]] = {False: [], True: []}
-    fragments = empty = spanning = 0
-    for index, (source, size) in enumerate(zip(sources, sizes, strict=True)):
-        labels, categories = read_cached(source).labels, read_cached(source).categories
-        parts, excluded = {index in held_out: (slice(0, size[0]), slice(0, size[1]))}, np.array([], dtype=labels.dtype)
-        if len(sources) == 1:
-            parts = halves(size, validation)
-            excluded = np.intersect1d(labels[..., *parts[False]], labels[..., *parts[True]])
-            spanning = int(np.count_nonzero(excluded))
-        for is_validation, part in parts.items():
-            for window in tiles(part, tile, overlap):
-                part_labels = labels[..., *window]
-                shown = np.setdiff1d(np.unique(part_labels), [0, *excluded])
-                ids = np.intersect1d(shown, visible(shrink(part_labels, mask_side), min_area))
-                fragments += len(shown) - len(ids)
-                empty += not len(ids)
-                if len(ids):
-                    names = {number: categories[number] for number in ids.tolist() if number in categories}
-                    samples[is_validation].append(Sample(source, window, ids, names))
-    notes = [f"{number} {what}" for what, number in left_out.items()] + [
-        f"{number} {what}"
-        for number, what in (
-            (spanning, "objects cross the border between training and validation part and are left out of both"),
-            (
-                fragments,
-                "objects (or parts cut off by a tile) are left out: "
-                f"smaller than {min_area} pixels in the predicted masks",
-            ),
-            (empty, "images or tiles are left out: they show no object"),
-        )
-        if number
-    ]
-    for purpose, is_validation in (("training", False), ("validation", True)):
-        if not samples[is_validation]:
-            advice = "Add images, or change --validation, --tile or --min-area."
-            raise DataError([f"No {purpose} objects left. {advice}", *notes])
-    return TrainValidationParts(samples[False], samples[True], notes)
-
-
-def check(sources: list[Source]) -> tuple[list[tuple[int, int]], Counter[str]]:
-    """Returns the (height, width) of each image, and how many objects the sources left out, by reason.
-
-    Raises:
-        DataError: With every problem of every image.
-    """
-    sizes, left_out, problems = [], Counter[str](), []
-    for source in tqdm(sources, desc="Reading", unit="image", disable=len(sources) < 50):
+    left_out, notes, problems = Counter[str](), Counter[str](), []
+    for index, source in enumerate(tqdm(sources, desc="Reading", unit="image", disable=len(sources) < 50)):
         try:
-            whole = read_cached(source)
+            whole = checked(source)
             height, width = whole.image.shape[:2]
-            if whole.labels.shape[-2:] != (height, width):
-                raise ValueError(
-                    f"{source.name}: expected a mask of {width} x {height} pixels (the image's size), "
-                    f"got {whole.labels.shape[-1]} x {whole.labels.shape[-2]}."
-                )
-            sizes.append((height, width))
-            left_out += whole.left_out + whole.notes
+            parts: dict[bool, Window] = {index in held_out: (slice(0, height), slice(0, width))}
+            spanning = np.zeros(0, dtype=int)
+            if len(sources) == 1:
+                parts = halves((height, width), validation)
+                in_training, in_validation = (areas_of(whole.labels[..., *part])[0] for part in parts.values())
+                spanning = np.intersect1d(in_training, in_validation)
+                left_out[BETWEEN_PARTS] += len(spanning)
+            for is_validation, part in parts.items():
+                windows = tiles(part, tile, overlap)
+                samples[is_validation] += samples_of(source, whole, windows, mask_side, min_area, spanning, left_out)
         except (ValueError, OSError) as error:
             problems.append(str(error))
+            continue
+        left_out += whole.left_out
+        notes += whole.notes
     if problems:
         raise DataError(problems)
-    return sizes, left_out
+    found = TrainValidationParts(
+        samples[False], samples[True], +left_out, [f"{number} {what}" for what, number in notes.items()]
+    )
+    for purpose, is_validation in (("training", False), ("validation", True)):
+        if not samples[is_validation]:
+            raise DataError([f"No {purpose} objects left. {advice(found)}", *lines(found.left_out), *found.notes])
+    return found
+
+
+BETWEEN_PARTS = "objects cross the border between training and validation part and are left out of both"
+TOO_SMALL = "objects (or parts cut off by a tile) are left out: smaller than {} pixels in the predicted masks"
+EMPTY = "images or tiles are left out: they show no object"
+
+
+def lines(left_out: Counter[str]) -> list[str]:
+    """Returns what is left out, one reason a line."""
+    return [f"{number} {what}" for what, number in left_out.items()]
+
+
+def advice(parts: TrainValidationParts) -> str:
+    """Returns what to do if no object is left for one of the parts."""
+    if any(what.startswith(TOO_SMALL[:20]) for what in parts.left_out):
+        return (
+            "Images are scaled down to the model's size, and objects become too small: use --tile, as in --tile 1024, "
+            "or lower --min-area."
+        )
+    return "Add images, or change --validation, --tile or --min-area."
+
+
+def samples_of(
+    source: Source,
+    whole: LabelledImage,
+    windows: Iterator[Window],
+    mask_side: int,
+    min_area: int,
+    excluded: np.ndarray,
+    left_out: Counter[str],
+) -> Iterator[Sample]:
+    """Yields the windows that show objects to use, and counts what is left out.
+
+    Raises:
+        ValueError: If a window is too narrow for the model.
+    """
+    for window in windows:
+        labels = whole.labels[..., *window]
+        height, width = labels.shape[-2:]
+        if 8 * mask_side * min(height, width) < max(height, width):  # the model's images have four times the side
+            raise ValueError(
+                f"{source.name}: {width} x {height} pixels are too narrow: nothing is left of the shorter side if the "
+                f"other is scaled to {4 * mask_side} pixels. Cut it with --tile."
+            )
+        shown, areas = areas_of(labels)
+        small, mask_areas = areas_of(shrink(labels, mask_side))
+        large_enough = small[mask_areas >= min_area]
+        is_used = np.isin(shown, large_enough) & ~np.isin(shown, excluded)
+        ids = shown[is_used]
+        left_out[TOO_SMALL.format(min_area)] += int((~is_used & ~np.isin(shown, excluded)).sum())
+        left_out[EMPTY] += not len(ids)
+        if len(ids):
+            names = {number: whole.categories[number] for number in ids.tolist() if number in whole.categories}
+            yield Sample(source, window, ids, names, areas[is_used], mask_areas[np.isin(small, ids)])
+
+
+def checked(source: Source) -> LabelledImage:
+    """Reads a source.
+
+    Raises:
+        ValueError: If it cannot be read, or image and labels have different sizes.
+    """
+    whole = source.read()
+    height, width = whole.image.shape[:2]
+    if whole.labels.shape[-2:] != (height, width):
+        raise ValueError(
+            f"{source.name}: expected a mask of {width} x {height} pixels (the image's size), "
+            f"got {whole.labels.shape[-1]} x {whole.labels.shape[-2]}."
+        )
+    return whole
 
 
 def halves(size: tuple[int, int], validation: float) -> dict[bool, Window]:
@@ -171,7 +222,17 @@ def shrink(labels: np.ndarray, side: int) -> np.ndarray:
     return labels[..., rows[:, None], columns]
 
 
+def areas_of(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the numbers of the objects in labels (..., H, W), in ascending order, and the pixels of each."""
+    if labels.max(initial=0) < 2**16:
+        counts = np.bincount(labels[labels > 0] if labels.min(initial=0) < 0 else labels.ravel(), minlength=1)
+        counts[0] = 0
+        ids = np.flatnonzero(counts)
+        return ids, counts[ids]
+    return np.unique(labels[labels > 0], return_counts=True)
+
+
 def visible(labels: np.ndarray, min_area: int) -> np.ndarray:
     """The objects that show at least `min_area` pixels."""
-    ids, areas = np.unique(labels[labels > 0], return_counts=True)
+    ids, areas = areas_of(labels)
     return ids[areas >= min_area]

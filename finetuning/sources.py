@@ -31,6 +31,11 @@ class LabelledImage:
     left_out: Counter[str] = field(default_factory=Counter)
     notes: Counter[str] = field(default_factory=Counter)
 
+    @property
+    def nbytes(self) -> int:
+        """The memory of pixels and labels, in bytes."""
+        return self.image.nbytes + self.labels.nbytes
+
 
 class Source(ABC):
     """A source of one image and its labels."""

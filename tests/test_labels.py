@@ -55,6 +55,9 @@ def test_objects_keep_their_numbers_and_nothing_is_said():
     wide, _ = read([mask.astype(np.int64) * 300 for mask in DISCS])
     assert wide[0].dtype == np.uint16
     np.testing.assert_array_equal(wide[0], DISCS[0] * 300.0)
+    huge, _ = read([mask.astype(np.int64) * 10**12 for mask in DISCS])
+    assert huge[0].dtype == np.uint8
+    np.testing.assert_array_equal(huge[0], DISCS[0])
 
 
 def with_rings(mask: np.ndarray, void: int, dtype: type) -> np.ndarray:

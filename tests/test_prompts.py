@@ -53,9 +53,8 @@ def test_items_hold_the_prompts_that_are_asked_for(kind, processor):
 def test_box_noise_is_a_tenth_of_the_sides_but_capped():
     rng = np.random.default_rng(0)
     for side, deviation in ((50, 5), (800, MOST_JITTER)):
-        mask = np.zeros((1000, 1000), dtype=bool)
-        mask[100 : 101 + side, 100 : 101 + side] = True
-        noise = np.array([draw_box(mask, 0.1, rng) for _ in range(200)]) - np.array([100, 100, 100 + side, 100 + side])
+        box = np.array([100, 100, 100 + side, 100 + side])
+        noise = np.array([draw_box(box, (1000, 1000), 0.1, rng) for _ in range(200)]) - box
         assert np.abs(noise).max() <= MOST_JITTER
         assert noise.std() == pytest.approx(deviation, rel=0.15)
 
