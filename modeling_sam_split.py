@@ -172,6 +172,8 @@ class SamSplitPreTrainedModel(SamPreTrainedModel):
             loading_info = output[0] if isinstance(output, tuple) else output  # transformers < 5.1 returns no tuple
             files = [load_state_dict(file, map_location="meta") for file in checkpoint_files or ()]
             check_loaded(model, loading_info, load_config.ignore_mismatched_sizes, files or [state_dict])
+            # It was asked for this checkpoint, and not for the next one that is loaded with this configuration.
+            getattr(model.config, "vision_config", model.config)._interpolate_pos_encoding = False
         return output
 
     def load_adapter(self, *args, **kwargs):

@@ -161,3 +161,8 @@ def test_nothing_is_interpolated_unasked(split_dir):
         split_class().from_pretrained(
             split_dir, vision_config={"image_size": 96}, prompt_encoder_config={"image_size": 96}
         )
+
+
+def test_the_configuration_of_a_resized_model_does_not_resize_again(load, stock_dir):
+    with pytest.raises(ValueError, match="give image_size=96 to from_pretrained"):
+        split_class().from_pretrained(stock_dir, config=load(image_size=96).config)
