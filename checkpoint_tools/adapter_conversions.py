@@ -88,6 +88,8 @@ def from_samed(
     """
     if image_size is not None and base_output is None:
         raise ValueError("--image-size changes the base: give a folder for the new one with --base-output.")
+    if base_output is not None and base_output.resolve().is_relative_to(destination.resolve()):
+        raise ValueError(f"--base-output {base_output} lies in {destination}, which is the adapter: choose another.")
     with ExitStack() as stack:
         folder = stack.enter_context(staged(destination, "adapter", force, sources=(file, base)))
         checkpoint = read_checkpoint(file)

@@ -17,6 +17,9 @@ from .meta_layout import hint
 from .trainer_checkpoints import listing
 
 
+FROZEN = ("vision_encoder.", "shared_image_embedding.")  # in LoRA of the encoder
+
+
 @dataclasses.dataclass
 class Surgery:
     """What a file adds to SAM.
@@ -57,24 +60,20 @@ class Surgery:
         Raises:
             ValueError: If weights are unknown or do not fit, or those that SAM shares or that LoRA freezes differ.
         """
-        to_meta = meta_layout.names(split.config.to_sam())
-        by_meta = {meta: name for name, meta in to_meta.items()}
-        if unknown := self.weights.keys() - by_meta.keys():
+        to_meta, expected = meta_layout.names(split.config.to_sam()), split.to_sam().state_dict()
+        names = {meta: name for name, meta in to_meta.items()}
+        for meta in sorted(self.weights.keys() & names.keys()):
+            shape, own = (tuple(tensor.shape) for tensor in (self.weights[meta], expected[names[meta]]))
+            if shape != own:
+                raise ValueError(f"{meta} is {shape} in the file, and {own} in {base}. {self.advice}")
+        if unknown := self.weights.keys() - names.keys():
             raise ValueError(f"{base} has no place for {listing(unknown)} of the file{hint(unknown)}. {self.advice}")
-        expected = split.to_sam().state_dict()
-        changed, frozen = set(), []
-        for meta, tensor in self.weights.items():
-            name = by_meta[meta]
-            if tensor.shape != expected[name].shape:
-                raise ValueError(
-                    f"{meta} is {tuple(tensor.shape)} in the file and {tuple(expected[name].shape)} in {base}. "
-                    f"{self.advice}"
-                )
-            if not torch.equal(tensor.double(), expected[name].double()):
-                if name.startswith(("vision_encoder.", "shared_image_embedding.")):
-                    frozen.append(meta)
-                changed.add(name.rpartition(".")[0])
-        if frozen:
+        changed = {
+            meta
+            for meta, tensor in self.weights.items()
+            if not torch.equal(tensor.double(), expected[names[meta]].double())
+        }
+        if frozen := {meta for meta in changed if names[meta].startswith(FROZEN)}:
             raise ValueError(
                 f"{base} is not the model that the file was trained on, which has other values for {listing(frozen)}. "
                 f"{self.advice}"
@@ -84,7 +83,7 @@ class Surgery:
                 name: self.weights.get(to_meta[f"{path}.{name}"], tensor)
                 for name, tensor in split.get_submodule(path).state_dict().items()
             }
-            for path in changed
+            for path in {names[meta].rpartition(".")[0] for meta in changed}
         }
 
     def applied(self, split: PreTrainedModel) -> SamModel:
