@@ -11,10 +11,11 @@ from peft import PeftModel
 from transformers import set_seed
 
 from .coco import coco_images
+from .data_summary import PICTURE, DataSummary
 from .folders import paired_files
 from .model import four_bits, load_base, make_trainable
 from .results import write_results
-from .runs import opened_run
+from .runs import opened_run, write_check
 from .samples import TrainValidationParts, train_validation_parts
 from .settings import DataSettings, Settings, SettingsError
 from .sources import Coins, SourceList
@@ -42,10 +43,13 @@ def finetune(settings: Settings) -> None:
     model, processor = load_base(settings.model.base, settings.model.revision, quantization, settings.model.image_size)
     mask_side = 4 * model.prompt_encoder.image_embedding_size[0]
     parts, about_data = read_data(settings.data, mask_side, training.seed)
-    objects = {name: sum(len(s.ids) for s in getattr(parts, name)) for name in ("train", "validation")}
-    say(f"{about_data}: {objects['train']} training objects, {objects['validation']} validation objects.")
-    for note in parts.notes:
-        say(f"  {note}")
+    summary = DataSummary.of(parts, about_data, mask_side)
+    say(str(summary))
+    if settings.output.check:
+        if is_main:
+            write_check(settings, summary, parts)
+        say(f"{settings.folder / PICTURE}: are the outlines those of your objects? Nothing was trained.")
+        return
     model = make_trainable(model, settings.model)
     trainable, total = parameter_counts(model)
     say(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
@@ -54,10 +58,13 @@ def finetune(settings: Settings) -> None:
         "revision": settings.model.revision,
         "data": about_data,
         "prompts": settings.prompts.prompts,
-        "objects": objects,
+        "objects": {"train": len(summary.train.areas), "validation": len(summary.validation.areas)},
         "trainable_parameters": trainable,
     }
     with opened_run(settings, parts, is_main) as checkpoint:
+        if is_main:
+            summary.save(settings.folder, parts)
+            say(f"Pictures of the data: {settings.folder / PICTURE}")
         trainer = build_trainer(settings, model, processor, parts, mask_side)
         metrics = facts | train(trainer, checkpoint)
         weights = settings.folder / ("adapter" if isinstance(model, PeftModel) else "model")

@@ -7,21 +7,33 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from checkpoint_tools.outputs import locked, staged
+from checkpoint_tools.outputs import locked, read_marker, staged
 
+from .data_summary import FILE, PICTURE, DataSummary
 from .options import write_file
 from .samples import TrainValidationParts
 from .settings import Settings, SettingsError
 
 
+KIND = "fine-tuning run"
 RUN_FILE = "run.yaml"  # repeats the run
 FINGERPRINT = "settings.json"  # what must be the same on resume
 # Settings that may change on resume, because they do not affect the result.
 NOT_IN_FINGERPRINT = {
-    *("resume", "force", "export", "output_dir", "minutes", "dataloader_num_workers", "report_to", "run_name"),
+    *(
+        "check",
+        "resume",
+        "force",
+        "export",
+        "output_dir",
+        "minutes",
+        "dataloader_num_workers",
+        "report_to",
+        "run_name",
+    ),
     *("push_to_hub", "hub_model_id", "hub_token", "hub_private_repo", "hub_revision", "disable_tqdm"),
 }
-NOT_REPEATED = {"resume", "force", "hub_token"}
+NOT_REPEATED = {"check", "resume", "force", "hub_token"}
 
 
 @contextlib.contextmanager
@@ -54,12 +66,33 @@ def write_settings(settings: Settings, parts: TrainValidationParts) -> None:
     Raises:
         FileExistsError: If the folder is in use, or belongs to something else.
     """
-    sources = (settings.data.images, settings.data.masks, settings.data.coco, settings.model.base)
-    with staged(settings.folder, "fine-tuning run", settings.output.force, sources, grows=True) as folder:
+    force = settings.output.force or holds_a_check_alone(settings.folder)
+    with staged(settings.folder, KIND, force, inputs(settings), grows=True) as folder:
         (folder / FINGERPRINT).write_text(json.dumps(fingerprint(settings, parts), indent=2) + "\n")
         write_file(
             {name: value for name, value in settings.options.items() if name not in NOT_REPEATED}, folder / RUN_FILE
         )
+
+
+def write_check(settings: Settings, summary: DataSummary, parts: TrainValidationParts) -> None:
+    """Writes what there is to know of the data into a new folder, which a run may use later.
+
+    Raises:
+        FileExistsError: If the folder is in use, or belongs to something else.
+    """
+    force = settings.output.force or holds_a_check_alone(settings.folder)
+    with staged(settings.folder, KIND, force, inputs(settings)) as folder:
+        summary.save(folder, parts)
+
+
+def holds_a_check_alone(folder: Path) -> bool:
+    """Whether there is nothing in the output folder but what `write_check` wrote."""
+    return read_marker(folder).get("files") == sorted([FILE, PICTURE])
+
+
+def inputs(settings: Settings) -> tuple[str | Path | None, ...]:
+    """What a run reads, and may not replace."""
+    return settings.data.images, settings.data.masks, settings.data.coco, settings.model.base
 
 
 def checkpoint_of(settings: Settings, parts: TrainValidationParts) -> str | None:

@@ -153,10 +153,10 @@ def samples_of(
     for window in windows:
         labels = whole.labels[..., *window]
         height, width = labels.shape[-2:]
-        if 8 * mask_side * min(height, width) < max(height, width):  # the model's images have four times the side
+        if 2 * mask_side * min(height, width) < max(height, width):
             raise ValueError(
-                f"{source.name}: {width} x {height} pixels are too narrow: nothing is left of the shorter side if the "
-                f"other is scaled to {4 * mask_side} pixels. Cut it with --tile."
+                f"{source.name}: {width} x {height} pixels are too narrow: nothing is left of the shorter side in the "
+                f"model's masks of {mask_side} x {mask_side}. Cut it with --tile."
             )
         shown, areas = areas_of(labels)
         small, mask_areas = areas_of(shrink(labels, mask_side))

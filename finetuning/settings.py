@@ -174,6 +174,7 @@ class OutputSettings:
 
     _argument_group_name: ClassVar[str] = "output"
 
+    check: bool = HfArg(default=False, help="stop after the data was read, with pictures of it as data.png")
     resume: bool = HfArg(default=False, help="go on from the last checkpoint in --output")
     force: bool = HfArg(default=False, help="replace what an earlier run left in --output")
     export: list[str] = HfArg(

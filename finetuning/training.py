@@ -121,6 +121,7 @@ def segmentation_settings(settings: Settings) -> SegmentationSettings:
         tile=settings.data.tile,
         overlap=settings.data.overlap,
         multimask=switches[settings.prompts.multimask],
+        reading=settings.data.image_reading,
     )
 
 

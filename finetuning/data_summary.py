@@ -1,0 +1,148 @@
+"""Tells what the data looks like to the recipe: in numbers, and in a picture."""
+
+import json
+import math
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .data_pictures import draw_samples
+from .decoding import number_of
+from .samples import Sample, TrainValidationParts, lines
+
+
+PICTURE, FILE = "data.png", "data.json"
+ENOUGH_PIXELS = 25  # of an object in the predicted masks: with fewer, its outline cannot be told
+
+
+@dataclass
+class PartSummary:
+    """Training or validation data.
+
+    Args:
+        objects_per_image: The number of objects of each image.
+        areas: The pixels of each object, in the image.
+        mask_areas: Its pixels in the masks that the model predicts.
+        samples: The number of images, or of tiles.
+    """
+
+    objects_per_image: list[int]
+    areas: list[int]
+    mask_areas: list[int]
+    samples: int
+
+    @classmethod
+    def of(cls, samples: list[Sample]) -> "PartSummary":
+        """Counts the objects of samples; of those that several tiles show, where they show most."""
+        sizes: dict[Any, dict[int, tuple[int, int]]] = defaultdict(dict)
+        for sample in samples:
+            objects = sizes[sample.source]
+            areas_here = zip(sample.areas.tolist(), sample.mask_areas.tolist(), strict=True)
+            for number, pair in zip(sample.ids.tolist(), areas_here, strict=True):
+                objects[number] = max(objects.get(number, (0, 0)), pair)
+        areas, mask_areas = zip(*(pair for objects in sizes.values() for pair in objects.values()), strict=True)
+        return cls([len(objects) for objects in sizes.values()], list(areas), list(mask_areas), len(samples))
+
+
+@dataclass
+class DataSummary:
+    """What the recipe learns from and validates on.
+
+    Args:
+        about: Where the data comes from.
+        train: What it learns from.
+        validation: What it validates on.
+        sides: The longer side of each window, in pixels.
+        mask_side: Pixels along a side of the masks that the model predicts.
+        left_out: How many objects, images and tiles are left out, by reason.
+        notes: Further remarks on how the data was read.
+    """
+
+    about: str
+    train: PartSummary
+    validation: PartSummary
+    sides: list[int]
+    mask_side: int
+    left_out: Counter[str]
+    notes: list[str]
+
+    @classmethod
+    def of(cls, parts: TrainValidationParts, about: str, mask_side: int) -> "DataSummary":
+        """Summarizes samples."""
+        sides = [max(span.stop - span.start for span in sample.window) for sample in parts.train + parts.validation]
+        return cls(
+            about,
+            PartSummary.of(parts.train),
+            PartSummary.of(parts.validation),
+            sides,
+            mask_side,
+            parts.left_out,
+            parts.notes,
+        )
+
+    def __str__(self) -> str:
+        """The numbers, and what to do about them, in some lines."""
+        train, validation = self.train, self.validation
+        tiles = train.samples + validation.samples
+        images = f"{len(train.objects_per_image)} to learn from, {len(validation.objects_per_image)} to validate on"
+        if tiles > len(train.objects_per_image) + len(validation.objects_per_image):
+            images += f", cut into {tiles} tiles"
+        table = {
+            "images": images,
+            "sides": f"{spread(self.sides)} pixels",
+            "objects per image": spread(train.objects_per_image + validation.objects_per_image),
+            "pixels per object": f"{spread(train.areas + validation.areas)} in the image",
+            "": f"{spread(train.mask_areas + validation.mask_areas)} in the model's masks of {self.mask_side} x "
+            f"{self.mask_side}",
+        }
+        return "\n".join(
+            [
+                f"{self.about}: {len(train.areas)} training objects, {len(validation.areas)} validation objects.",
+                *(f"  {name:18} {value}" for name, value in table.items()),
+                *(f"  left out: {line}" for line in lines(self.left_out)),
+                *(f"  note: {note}" for note in [*self.notes, *self.advice()]),
+            ]
+        )
+
+    def advice(self) -> list[str]:
+        """What to do about sizes and numbers that make training hard."""
+        train = self.train
+        median = float(np.median(train.mask_areas))
+        advice = []
+        if median < ENOUGH_PIXELS and (tile := self.tile_for(4 * ENOUGH_PIXELS)) < max(self.sides):
+            advice.append(
+                f"half of the objects have fewer than {ENOUGH_PIXELS} pixels in the model's masks, too few for their "
+                f"outlines: --tile {tile} shows them larger"
+            )
+        if len(self.validation.areas) < 10:
+            advice.append(
+                f"{number_of(len(self.validation.areas), 'validation object')} will say little about how good the "
+                "model is: label more images, or hold out a larger share with --validation"
+            )
+        return advice
+
+    def tile_for(self, mask_area: int) -> int:
+        """Returns the side of tiles in which half of the objects have so many pixels in the model's masks, or more."""
+        side = self.mask_side * math.sqrt(float(np.median(self.train.areas)) / mask_area)
+        return max(128, 2 ** round(math.log2(side)))
+
+    def save(self, folder: Path, parts: TrainValidationParts) -> None:
+        """Writes the numbers as `data.json`, and a picture of some images as `data.png`."""
+        named = {"train": self.train, "validation": self.validation}
+        content = {
+            "images": {name: len(part.objects_per_image) for name, part in named.items()},
+            "objects": {name: len(part.areas) for name, part in named.items()},
+            "left_out": dict(self.left_out),
+            "notes": [*self.notes, *self.advice()],
+        }
+        (folder / FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        draw_samples({"training": parts.train, "validation": parts.validation}).save(folder / PICTURE)
+
+
+def spread(numbers: list[int]) -> str:
+    """`1 to 20 (median 5)`, or the only number."""
+    low, middle, high = min(numbers), float(np.median(numbers)), max(numbers)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,} (median {middle:,.0f})"

@@ -1,0 +1,176 @@
+"""What is told of the data before training, and `--check`, which stops there."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from labelled_images import blocks, save_pair
+from PIL import Image
+
+import finetune
+from finetuning.caching import ImageCache
+from finetuning.overlays import COLOURS
+from finetuning.samples import CACHE, train_validation_parts
+from finetuning.sources import LabelledImage, Source
+
+
+def check(folder: Path, output: Path, *options: str) -> dict:
+    """Runs the check as users do, and returns what it writes."""
+    finetune.main(
+        ["--images", f"{folder}/images", "--masks", f"{folder}/masks", "--output", str(output), "--check", *options]
+    )
+    return json.loads((output / "data.json").read_text())
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    for number in range(5):
+        labels = np.kron(blocks(), np.ones((5, 5), dtype=int))
+        labels[labels == 300 + 10 * number] = 0
+        labels[0, 0] = 7  # too small
+        save_pair(tmp_path, f"photo{number}", labels)
+    return tmp_path
+
+
+def test_the_check_counts_and_draws_and_trains_nothing(photos, tmp_path, capsys):
+    written = check(photos, tmp_path / "out", "--validation", "0.4")
+    assert written["images"] == {"train": 3, "validation": 2}
+    assert written["objects"] == {"train": 15, "validation": 10}
+    assert list(written["left_out"].values()) == [5]
+    assert "smaller than 4 pixels" in next(iter(written["left_out"]))
+    assert sorted(path.name for path in (tmp_path / "out").iterdir() if path.name[0] != ".") == [
+        "data.json",
+        "data.png",
+    ]
+    printed = capsys.readouterr().out
+    for line in (
+        "5 images from images: 15 training objects, 10 validation objects.",
+        "images             3 to learn from, 2 to validate on",
+        "objects per image  5",
+        "sides              240 pixels",
+        "pixels per object  2,000 in the image",
+        "in the model's masks of 96 x 96",
+        "left out: 5 objects (or parts cut off by a tile) are left out: smaller than 4 pixels",
+        "are the outlines those of your objects? Nothing was trained.",
+    ):
+        assert line in printed
+    areas = re.search(r"(\d+) to (\d+) .*in the model's masks", printed)
+    assert areas is None or 2000 * 0.16 * 0.8 < int(areas[1]) <= int(areas[2]) < 2000 * 0.16 * 1.2
+
+
+def test_the_picture_outlines_the_objects_that_are_used(photos, tmp_path):
+    check(photos, tmp_path / "out")
+    with Image.open(tmp_path / "out" / "data.png") as file:
+        picture = np.asarray(file.convert("RGB")).astype(int)
+    assert picture.shape[1] > 1400
+    cell = picture[12 + 44 : 12 + 44 + 400, 12 : 12 + 480]  # 240 x 200 pixels at twice the size
+    is_outline = (cell[..., None, :] == COLOURS).all(-1).any(-1)
+    labels = np.kron(blocks(), np.ones((10, 10), dtype=int))
+    objects = [label for label in np.unique(labels) if label and is_outline[labels == label].any()]
+    assert len(objects) == 5
+    inside = np.kron(blocks(), np.ones((10, 10), dtype=int)) > 0
+    assert is_outline.any() and not is_outline[~inside].any()
+
+
+def test_a_run_may_follow_in_the_same_folder_but_a_check_replaces_no_run(photos, tmp_path, capsys):
+    check(photos, tmp_path / "out")
+    assert check(photos, tmp_path / "out", "--validation", "0.4")["images"] == {"train": 3, "validation": 2}
+    options = ["--images", f"{photos}/images", "--masks", f"{photos}/masks", "--output", str(tmp_path / "out")]
+    finetune.main([*options, "--steps", "1", "--image-size", "64", "--objects", "2"])
+    assert {"data.png", "data.json", "run.yaml", "adapter"} <= {path.name for path in (tmp_path / "out").iterdir()}
+    with pytest.raises(SystemExit) as exit_:
+        finetune.main([*options, "--check"])
+    assert "is not empty" in str(exit_.value)
+
+
+def test_tiles_are_advised_where_objects_are_tiny(tmp_path, capsys):
+    for number in range(3):
+        labels = np.zeros((900, 900), dtype=int)
+        labels.reshape(30, 30, 30, 30)[:, 5:15, :, 5:15] = 1 + np.arange(900).reshape(30, 1, 30, 1)
+        save_pair(tmp_path, f"photo{number}", labels)
+    written = check(tmp_path, tmp_path / "out", "--min-area", "0")
+    assert any("--tile 128 shows them larger" in note for note in written["notes"])
+    finer = check(tmp_path, tmp_path / "out", "--min-area", "0", "--tile", "128")
+    assert not any("--tile" in note for note in finer["notes"])
+    assert "cut into" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as exit_:
+        check(tmp_path, tmp_path / "out", "--min-area", "9")
+    assert "No training objects left. Images are scaled down" in str(exit_.value) and "--tile" in str(exit_.value)
+    assert "2700 objects" in str(exit_.value)
+
+
+def test_too_narrow_images_are_named(tmp_path):
+    labels = np.zeros((2, 900), dtype=int)
+    labels[:, 100:300], labels[:, 500:700] = 1, 2
+    for number in range(3):
+        save_pair(tmp_path, f"photo{number}", labels)
+    with pytest.raises(SystemExit) as exit_:
+        check(tmp_path, tmp_path / "out")
+    assert "photo0.png: 900 x 2 pixels are too narrow" in str(exit_.value)
+
+
+class Counted(Source):
+    """An image that counts how often it is read."""
+
+    def __init__(self, name: str, side: int = 40):
+        self.name = name
+        self.side = side
+        self.reads = 0
+
+    def read(self) -> LabelledImage:
+        self.reads += 1
+        labels = np.zeros((self.side, self.side), dtype=np.uint8)
+        labels[5:25, 5:25] = 1
+        return LabelledImage(np.zeros((self.side, self.side, 3), dtype=np.uint8), labels)
+
+
+def test_the_check_reads_every_image_once_and_keeps_none():
+    kept = dict(CACHE.images)
+    sources: list[Source] = [Counted(str(number)) for number in range(60)]
+    train_validation_parts(sources, 64)
+    assert {source.reads for source in sources} == {1}
+    assert dict(CACHE.images) == kept
+
+
+def test_images_are_cached_by_their_bytes():
+    cache = ImageCache(limit=4 * 40 * 40 * 4)
+    small, large = [Counted(str(number)) for number in range(5)], Counted("large", 200)
+    for source in small[:4] * 3:
+        cache.read(source)
+    assert [source.reads for source in small] == [1, 1, 1, 1, 0]
+    cache.read(small[4]), cache.read(small[0])
+    assert small[0].reads == 2, "the one that was used longest ago makes room"
+    cache.read(large), cache.read(large)
+    assert large.reads == 1 and list(cache.images) == [large]
+
+
+@pytest.mark.slow
+def test_cropping_costs_less_than_decoding(tmp_path, processor):
+    from time import perf_counter
+
+    from finetuning.folders import FilePair
+    from finetuning.prompts import ItemEncoder, Prompts, TrainingSet
+
+    labels = np.zeros((3000, 3000), dtype=np.uint16)
+    labels.reshape(20, 150, 20, 150)[:, 20:120, :, 20:120] = 1 + np.arange(400).reshape(20, 1, 20, 1)
+    noise = np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8)
+    Image.fromarray(noise).resize((3000, 3000)).save(tmp_path / "a.jpg")
+    Image.fromarray(labels).save(tmp_path / "m.png")
+    source = FilePair(tmp_path / "a.jpg", tmp_path / "m.png")
+    parts = train_validation_parts([source, Counted("other")], 64, 0.5)
+    sample = next(sample for sample in parts.train + parts.validation if sample.source is source)
+    assert sample.read()[1].dtype == np.uint16
+    items = TrainingSet([sample], ItemEncoder(processor, 32, Prompts()), 9)
+
+    def seconds(action) -> float:
+        times = []
+        for number in range(3):
+            started = perf_counter()
+            action(number)
+            times.append(perf_counter() - started)
+        return min(times)
+
+    decoding = seconds(lambda _: np.asarray(Image.open(tmp_path / "a.jpg").convert("RGB")))
+    assert seconds(lambda number: items.crop(sample, np.random.default_rng(number))) < decoding
