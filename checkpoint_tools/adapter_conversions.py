@@ -45,7 +45,7 @@ def convert_adapter(
         stock = split.to_sam()
         model, target = (split, stock) if to_fused else (stock, split)
         adapter.check_fits(adapter.part_of(model), base)
-        adapted = PeftModel.from_pretrained(adapter.part_of(model), source)
+        adapted = adapters.with_adapter(adapter.part_of(model), source)
         expected, effect = effect_of(adapted, model, target)
         converted = convert(adapter, adapted, adapter.part_of(target))
         if to_fused and model_type(base, revision) != SamConfig.model_type:
@@ -58,7 +58,7 @@ def convert_adapter(
         converted.save(folder)
         for message in converted.notes:
             note(message)
-        PeftModel.from_pretrained(adapter.part_of(target), folder).to(model.dtype)
+        adapters.with_adapter(adapter.part_of(target), folder).to(model.dtype)
         return accepted(example_outputs(target), expected, allowed_difference(effect))
 
 
@@ -155,6 +155,5 @@ def write_adapter(surgery: Surgery, split: PreTrainedModel, base: str, folder: P
     surgery.adapter(split, base).save(folder)
     plain, defined = split.to_sam(), surgery.applied(split)
     expected, effect = effect_of(defined, defined, plain)
-    adapted = PeftModel.from_pretrained(split, folder)
-    adapted.to(defined.dtype)
+    adapters.with_adapter(split, folder).to(defined.dtype)
     return accepted(example_outputs(split), expected, allowed_difference(effect))

@@ -11,23 +11,25 @@ import dataclasses
 import json
 import math
 import re
+import warnings
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from peft import LoraConfig, PeftModel, load_peft_weights
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, load_peft_weights
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import nn
 
-from .trainer_checkpoints import check_finite
+from .trainer_checkpoints import check_finite, listing
 
 
 PROJECTIONS = ("q", "k", "v")
 FUSED = ("qkv",)
 PREFIX = "base_model.model."
+ADVICE = "convert it with convert.py adapter-to-split, or load it on stock SamModel"
 LINEAR, EMBEDDING = ("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")
 
 # Settings this converter handles. Any other must have PEFT's default value, because it could change the result.
@@ -124,6 +126,43 @@ class Adapter:
                     f"The adapter does not fit {base}: {path} has {tuple(expected)} channels there, and "
                     f"{tuple(shape)} in the adapter. Give the model that it was trained on with --base."
                 )
+
+
+def with_adapter(model: nn.Module, adapter: str | Path, revision: str | None = None) -> PeftModel:
+    """Returns `model` with a PEFT adapter of any method, all weights of which are those of its file.
+
+    `PeftModel.from_pretrained` only warns of weights that it lacks, which are then random, and is silent about those
+    that the model has no place for.
+
+    Args:
+        model: The base. Its modules are adapted in place.
+        adapter: A folder, or an id of the Hub.
+        revision: Of the latter: a branch, tag or commit.
+
+    Raises:
+        ValueError: If the adapter is not that of such a model, or not complete.
+    """
+    source = str(adapter)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Found missing adapter keys", UserWarning)
+        try:
+            adapted = PeftModel.from_pretrained(model, source, revision=revision)
+        except KeyError as error:
+            raise ValueError(f"The file of the adapter {source} lacks {error.args[0]}.") from error
+        except ValueError as error:
+            if "qkv" in (message := str(error)):
+                raise ValueError(f"{message} {source} is for the qkv of stock SAM: {ADVICE}.") from error
+            raise
+    expected = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
+    stored = load_peft_weights(source, device="cpu", revision=revision).keys()
+    if missing := expected - stored:
+        raise ValueError(f"The file of the adapter {source} lacks {listing(missing)}, which its configuration names.")
+    if foreign := stored - expected:
+        raise ValueError(
+            f"The model has no place for {listing(foreign)} of the adapter {source}: expected the model that the "
+            "adapter was trained on, and its own configuration."
+        )
+    return adapted
 
 
 def read_config(file: Path) -> dict[str, Any]:
@@ -260,21 +299,13 @@ def rescaled(part: Factors, scaling: float) -> torch.Tensor:
 
 
 def take_factors(adapter: Adapter, adapted: PeftModel) -> tuple[dict[str, torch.Tensor], dict[str, Factors]]:
-    """Returns the adapter's other weights, and the factors of each layer, with the scaling that PEFT gives it.
-
-    Raises:
-        ValueError: If the adapter has factors that the model has no module for, or lacks some.
-    """
+    """Returns the adapter's other weights, and the factors of each layer, with the scaling that PEFT gives it."""
     weights, factors = dict(adapter.weights), {}
     for name, module in adapted.get_base_model().named_modules():
         if isinstance(module, LoraLayer):
             names = EMBEDDING if module.lora_embedding_A else LINEAR
-            a, b = (weights.pop(f"{PREFIX}{name}.{factor}", None) for factor in names)
-            if a is None or b is None:
-                raise ValueError(f"The adapter's configuration targets {name}, but its file has no weights for it.")
+            a, b = (weights.pop(f"{PREFIX}{name}.{factor}") for factor in names)
             factors[name] = Factors(a, b, module.scaling["default"], names)
-    if left := sorted(name for name in weights if ".lora_" in name):
-        raise ValueError(f"The model has no modules for {', '.join(left)}: pass the adapter's base with --base.")
     return weights, factors
 
 

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, SamConfig, SamModel
 
 from . import meta_layout, meta_model, onnx_export, trainer_checkpoints
+from .adapters import with_adapter
 from .comparison import Outputs, OutputsDifferError, compare, example_outputs, largest_relative_error
 from .loading import as_split, load, model_type, processor_for
 from .outputs import mark_archive, staged, staged_file
@@ -53,7 +53,7 @@ def to_sam(
             expected, tolerance = example_outputs(stock), TOLERANCE
             merged = model
         else:
-            adapted = PeftModel.from_pretrained(model, adapter)
+            adapted = with_adapter(model, adapter)
             expected, effect = effect_of(adapted, model, stock)
             tolerance = allowed_difference(effect)
             merged = adapted.merge_and_unload()

@@ -214,10 +214,16 @@ def rewrite(path: Path, config: dict | None = None, rename=lambda name: name, va
         ({"config": {"lora_bias": True}}, "sets lora_bias=True"),
         ({"config": {"setting_of_the_future": 1}}, "sets setting_of_the_future=1"),
         ({"config": {"base_model_name_or_path": None}}, "give it with --base"),
-        ({"config": {"target_modules": ["q"]}}, "no modules for"),
-        ({"config": {"target_modules": ["q", "k", "v"]}}, "targets vision_encoder.layers.0.attn.k, but its file"),
+        ({"config": {"target_modules": ["q"]}}, r"no place for .*layers\.0\.attn\.v"),
+        (
+            {"config": {"target_modules": ["q", "k", "v"]}},
+            r"lacks .*layers\.0\.attn\.k",
+        ),
         ({"rename": lambda name: name.replace("2.attn.v", "2.attn.qkv")}, "got one of q, qkv, v"),
-        ({"rename": lambda name: name.replace("layers.2", "layers.7")}, "targets vision_encoder.layers.2"),
+        (
+            {"rename": lambda name: name.replace("layers.2", "layers.7")},
+            r"lacks .*encoder\.layers\.2",
+        ),
     ],
     ids=str,
 )

@@ -12,6 +12,7 @@ import torch
 from conftest import randomize, rewrite
 from peft import LoraConfig, get_peft_model
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import SamModel
 
 import demo
@@ -147,3 +148,33 @@ def test_incomplete_meta_checkpoints(stock, tmp_path, convert, refused):
         message = refused("from-micro-sam micro.pth out --decoder-heads 2")
         assert any(name in message for name in dropped), message
     assert not list(tmp_path.glob("out*"))
+
+
+INCOMPLETE_ADAPTERS = {
+    "one matrix": lambda name: "layers.0.attn.q.lora_A" in name,
+    "the other matrix": lambda name: "layers.2.attn.v.lora_B" in name,
+    "a layer": lambda name: "layers.1." in name,
+    "a bias of the neck": lambda name: name.endswith("neck.layer_norm1.bias"),
+    "a module of the prompt encoder": lambda name: "no_mask_embed" in name,
+}
+
+
+@pytest.mark.parametrize(
+    "command", ["to-sam {base} out --adapter adapter", "adapter-to-fused adapter out --base {base}"]
+)
+def test_incomplete_adapters(command, split_dir, tmp_path, refused):
+    """PEFT only warns, or not even that, and initialises what is missing."""
+    config = LoraConfig(target_modules=["q", "v"], r=2, modules_to_save=["neck", "prompt_encoder.no_mask_embed"])
+    get_peft_model(split_class().from_pretrained(split_dir), config).save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    whole = load_file(file)
+    for is_dropped in INCOMPLETE_ADAPTERS.values():
+        save_file({name: tensor for name, tensor in whole.items() if not is_dropped(name)}, file)
+        first = min(name for name in whole if is_dropped(name))
+        assert f"lacks {first}" in refused(command.format(base=split_dir))
+    save_file({**whole, "base_model.model.vision_encoder.layers.9.attn.q.lora_A.weight": torch.ones(2, 28)}, file)
+    assert "no place for base_model.model.vision_encoder.layers.9" in refused(command.format(base=split_dir))
+
+
+def test_an_adapter_of_the_other_form_is_told_how_to_convert_it(split_dir, files, refused):
+    assert "convert.py adapter-to-split" in refused(f"to-sam {split_dir} out --adapter {files['stock_adapter']}")
