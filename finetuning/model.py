@@ -10,6 +10,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from transformers import BitsAndBytesConfig, PreTrainedModel, SamProcessor
 
+from checkpoint_tools.adapters import with_adapter
 from checkpoint_tools.loading import let_gradients_through_4bit
 from checkpoint_tools.plain_settings import read_processor
 from checkpoint_tools.sources import require_name
@@ -152,7 +153,7 @@ def decoder_modules(model: PreTrainedModel) -> list[str]:
 def trained(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """Returns the trained model in `folder`: its adapter merged into the fresh base `model`, or the whole model."""
     if (folder / "adapter_config.json").exists():
-        return PeftModel.from_pretrained(model, folder).merge_and_unload()
+        return with_adapter(model, folder).merge_and_unload()
     return split_class().from_pretrained(folder)
 
 
@@ -171,10 +172,11 @@ def load_adapted(
         config = PeftConfig.from_pretrained(adapter)
     except (OSError, ValueError) as error:
         raise ModelError(f"{adapter}: not an adapter: {str(error).splitlines()[0]}") from error
-    base = base or config.base_model_name_or_path
+    if base is None:
+        base, revision = config.base_model_name_or_path, revision or config.revision
     image_size = image_size or SegmentationSettings.load(adapter).image_size
-    model, processor = load_base(base, revision or config.revision, image_size=image_size)
+    model, processor = load_base(base, revision, image_size=image_size)
     try:
-        return PeftModel.from_pretrained(model, adapter), processor
+        return with_adapter(model, adapter), processor
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{adapter}: does not fit {base}, or is damaged: {str(error).splitlines()[0]}") from error

@@ -15,6 +15,7 @@ from checkpoint_tools import adapters
 from checkpoint_tools.adapter_conversions import adapter_to_fused, adapter_to_split
 from checkpoint_tools.comparison import relative_error
 from checkpoint_tools.staging import split_class
+from finetuning.model import load_adapted
 
 
 def lora(**settings) -> LoraConfig:
@@ -326,6 +327,14 @@ def test_the_revision_is_that_of_the_base(load, hub, stock_dir, split_dir, tmp_p
     rewrite(tmp_path / "adapter", {"base_model_name_or_path": str(split_dir)})
     adapter_to_fused(str(tmp_path / "adapter"), tmp_path / "none")
     assert bases("none") == (None, None)
+
+
+def test_another_base_is_not_loaded_at_the_revision_of_the_first(load, hub, base_dir, tmp_path):
+    hub.add("someone/other", base_dir)
+    write(load(), lora(target_modules=["q", "v"]), tmp_path / "adapter")
+    rewrite(tmp_path / "adapter", {"base_model_name_or_path": "someone/sam", "revision": "a" * 40})
+    model, _ = load_adapted(str(tmp_path / "adapter"), base="someone/other")
+    assert model.peft_config["default"].target_modules == {"q", "v"}
 
 
 @pytest.mark.parametrize(
