@@ -5,7 +5,7 @@ import json
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -14,8 +14,8 @@ from urllib.parse import unquote
 import numpy as np
 
 from .coco_masks import EmptyMaskError, decode, is_missing, shortened, whole_number
-from .decoding import DataError, ImageReading
-from .images import read_image
+from .decoding import DataError, ImageReading, upright
+from .images import read_pixels, rgb_of
 from .overlaps import layers_of
 from .sources import LabelledImage, Source, SourceList
 
@@ -42,15 +42,30 @@ class CocoImage(Source):
         self.name = str(self.image)
 
     def read(self) -> LabelledImage:  # noqa: D102, as in Source
-        image = read_image(self.image, self.reading)
+        pixels = read_pixels(self.image, self.reading)
+        image = rgb_of(pixels, self.reading, self.image)
         height, width = image.shape[:2]
-        if self.size and self.size != (height, width):
-            exchanged = " Are width and height exchanged, or does its EXIF orientation turn the image?"
+        is_as_stored = pixels.orientation > 4 and self.size == (width, height) and width != height
+        if self.size and self.size != (height, width) and not is_as_stored:
+            exchanged = " Are width and height exchanged?" if self.size == (width, height) else ""
             raise ValueError(
                 f"{self.image}: expected {self.size[1]} x {self.size[0]} pixels (from the annotations), "
-                f"got {width} x {height}.{exchanged if self.size == (width, height) else ''}"
+                f"got {width} x {height}.{exchanged}"
             )
-        return with_objects(image, self.annotations, self.name)
+        if is_as_stored:
+            stored = with_objects(image.swapaxes(0, 1), self.annotations, self.name)
+            whole = replace(stored, image=image, labels=upright_layers(stored.labels, pixels.orientation))
+        else:
+            whole = with_objects(image, self.annotations, self.name)
+        if pixels.orientation != 1:
+            how = "and their annotations with them" if is_as_stored else "but not their annotations"
+            whole.notes[f"images were turned upright, as their EXIF orientation says, {how}"] = 1
+        return whole
+
+
+def upright_layers(labels: np.ndarray, orientation: int) -> np.ndarray:
+    """Turns labels (..., H, W) as an orientation tag says."""
+    return np.moveaxis(upright(np.moveaxis(labels, (-2, -1), (0, 1)), orientation), (0, 1), (-2, -1))
 
 
 def with_objects(image: np.ndarray, annotations: Sequence[Annotation], name: str) -> LabelledImage:

@@ -7,8 +7,16 @@ from pathlib import Path
 
 import numpy as np
 
-from .decoding import DataError, ImageReading, number_of
-from .images import IMAGE_SUFFIXES, MASK_SUFFIXES, number_of_pages, read_image, read_mask, read_pair
+from .decoding import DataError, ImageReading, Pixels, number_of
+from .images import (
+    IMAGE_SUFFIXES,
+    MASK_SUFFIXES,
+    labels_of,
+    number_of_pages,
+    read_pixels,
+    rgb_of,
+    turn_with_image,
+)
 from .interpretation import interpret_files
 from .labels import LabelReading
 from .overlaps import layers_of
@@ -33,19 +41,37 @@ class FilePair(Source):
         self.name = str(self.image) if self.page is None else f"{self.image}, page {self.page + 1}"
 
     def read(self) -> LabelledImage:  # noqa: D102, as in Source
-        image, mask, note = read_pair(self.image, self.mask, self.reading, self.page, self.labels.turn_masks)
+        pixels = read_pixels(self.image, self.reading, self.page)
+        mask = self.read_mask()
+        note = turn_with_image(mask, pixels, self.labels.turn_masks)
+        image, labels = rgb_of(pixels, self.reading, self.image), self.labels_of(mask)
+        return LabelledImage(image, labels, notes=Counter([note] if note else []))
+
+    def read_mask(self) -> Pixels:
+        """Returns the pixels of the mask file."""
+        return read_pixels(self.mask, self.reading, self.page, as_labels=True)
+
+    def labels_of(self, mask: Pixels) -> np.ndarray:
+        """Returns the labels (H, W) that the pixels of the mask file mean.
+
+        Raises:
+            ValueError: If they have no meaning.
+        """
         try:
-            return LabelledImage(image, self.labels.objects(mask), notes=Counter([note] if note else []))
+            return self.labels.objects(labels_of(mask, self.mask))
         except ValueError as error:
-            raise ValueError(f"{self.mask}: {error}") from error
+            prefix = "" if str(error).startswith(str(self.mask)) else f"{self.mask}: "
+            raise ValueError(f"{prefix}{error}") from error
 
 
 class ColouredPair(FilePair):
     """An image file and a mask file with one colour per object, on black."""
 
-    def read(self) -> LabelledImage:  # noqa: D102, as in Source
-        image = read_image(self.image, self.reading, self.page)
-        return LabelledImage(image, labels_of_colours(read_image(self.mask, page=self.page), self.mask))
+    def read_mask(self) -> Pixels:  # noqa: D102, as in FilePair
+        return read_pixels(self.mask, ImageReading(pages=self.reading.pages), self.page)
+
+    def labels_of(self, mask: Pixels) -> np.ndarray:  # noqa: D102, as in FilePair
+        return labels_of_colours(rgb_of(mask, ImageReading(), self.mask), self.mask)
 
 
 @dataclass(eq=False)
@@ -55,29 +81,39 @@ class ObjectFiles(Source):
     image: Path
     masks: list[Path]
     reading: ImageReading = ImageReading()
+    turn_masks: bool = False
 
     def __post_init__(self) -> None:
         self.name = str(self.image)
 
     def read(self) -> LabelledImage:  # noqa: D102, as in Source
-        image = read_image(self.image, self.reading)
+        pixels = read_pixels(self.image, self.reading)
+        image = rgb_of(pixels, self.reading, self.image)
+        notes: set[str] = set()
         size = image.shape[0], image.shape[1]
-        labels = layers_of(self.objects(size), size, len(self.masks))
+        labels = layers_of(self.objects(pixels, notes), size, len(self.masks))
         empty = len(self.masks) - np.count_nonzero(np.unique(labels))
-        return LabelledImage(image, labels, left_out=Counter({"mask files are left out: they are empty": empty}))
+        left_out = Counter({"mask files are left out: they are empty": empty})
+        return LabelledImage(image, labels, left_out=left_out, notes=Counter(notes))
 
-    def objects(self, size: tuple[int, int]) -> Iterator[tuple[int, np.ndarray]]:
+    def objects(self, image: Pixels, notes: set[str]) -> Iterator[tuple[int, np.ndarray]]:
         """Yields a number and a mask (H, W) for each file that is not empty.
+
+        Args:
+            image: The image, with which masks are turned.
+            notes: Takes up what was done to masks.
 
         Raises:
             ValueError: If a file has another size, or more than one object.
         """
+        height, width = image.values.shape[:2]
         for number, path in enumerate(self.masks, start=1):
-            labels = read_mask(path)
-            if labels.shape != size:
+            mask = read_pixels(path, self.reading, as_labels=True)
+            notes.update(filter(None, [turn_with_image(mask, image, self.turn_masks)]))
+            labels = labels_of(mask, path)
+            if labels.shape != (height, width):
                 raise ValueError(
-                    f"{path}: expected a mask of {size[1]} x {size[0]} pixels, got {labels.shape[1]} x "
-                    f"{labels.shape[0]}."
+                    f"{path}: expected a mask of {width} x {height} pixels, got {labels.shape[1]} x {labels.shape[0]}."
                 )
             values = np.unique(labels[labels > 0])
             if len(values) > 1:
@@ -151,11 +187,13 @@ def paired_files(
     if problems:
         raise DataError(problems)
     if several:
-        return SourceList([ObjectFiles(path, by_mask[key], reading) for key, (path,) in by_image.items()])
+        return SourceList(
+            [ObjectFiles(path, by_mask[key], reading, labels.turn_masks) for key, (path,) in by_image.items()]
+        )
     pairs = [(path, by_mask[key][0]) for key, (path,) in by_image.items()]
     pages = [(image, mask, page) for image, mask in pairs for page in pages_of(image, mask, reading)]
     if color_masks:
-        return SourceList([ColouredPair(image, mask, page, reading) for image, mask, page in pages])
+        return SourceList([ColouredPair(image, mask, page, reading, labels) for image, mask, page in pages])
     labels, notes = interpret_files([(mask, page) for _, mask, page in pages], reading, labels)
     return SourceList([FilePair(image, mask, page, reading, labels) for image, mask, page in pages], notes=notes)
 

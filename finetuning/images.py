@@ -102,36 +102,21 @@ def labels_of(pixels: Pixels, path: Path) -> np.ndarray:
     return labels
 
 
-def read_pair(
-    image: Path, mask: Path, reading: ImageReading, page: int | None = None, turn_mask: bool = False
-) -> tuple[np.ndarray, np.ndarray, str | None]:
-    """Returns an image (H, W, 3) uint8, its mask (H, W) of integers, and a note if one of them was turned.
+def turn_with_image(mask: Pixels, image: Pixels, also_if_it_fits: bool = False) -> str | None:
+    """Turns a mask without an orientation tag as its image, if it has the image's stored size, and returns a note.
 
     Args:
-        image: The image file.
-        mask: The mask file. Without an orientation tag, it is turned as its image if it has the image's stored size.
-        reading: How to read them.
-        page: Which page of both to read, from 0.
-        turn_mask: Whether a mask that fits both ways is turned, too.
-
-    Raises:
-        ValueError: If one of them cannot be read.
+        mask: What may be turned.
+        image: An image that may have been turned.
+        also_if_it_fits: Whether a mask is turned that has the image's size either way, too.
     """
-    pixels = read_pixels(image, reading, page)
-    labels = read_pixels(mask, reading, page, as_labels=True)
-    note = None
-    if pixels.orientation != 1 and labels.orientation == 1:
-        turned = upright(labels.values, pixels.orientation)
-        shape = pixels.values.shape[:2]
-        fits_only_turned = turned.shape[:2] == shape != labels.values.shape[:2]
-        if fits_only_turned or (turn_mask and turned.shape[:2] == shape):
-            labels.values = turned
-        note = (
-            "images were turned upright, as their EXIF orientation says, and their masks with them"
-            if labels.values is turned
-            else "images were turned upright, as their EXIF orientation says, but not their masks (--turn-masks)"
-        )
-    return rgb_of(pixels, reading, image), labels_of(labels, mask), note
+    if image.orientation == 1 or mask.orientation != 1:
+        return None
+    turned, size = upright(mask.values, image.orientation), image.values.shape[:2]
+    if turned.shape[:2] == size and (also_if_it_fits or mask.values.shape[:2] != size):
+        mask.values = turned
+        return "images were turned upright, as their EXIF orientation says, and their masks with them"
+    return "images were turned upright, as their EXIF orientation says, but not their masks (--turn-masks)"
 
 
 def number_of_pages(path: Path, reading: ImageReading) -> int:

@@ -64,7 +64,8 @@ class Coins(Source):
         markers = np.zeros_like(image)
         markers[image < 30], markers[image > 150] = 1, 2
         filled = ndimage.binary_fill_holes(segmentation.watershed(filters.sobel(image), markers) == 2)
-        return LabelledImage(as_rgb(image), measure.label(morphology.remove_small_objects(filled, max_size=200)))
+        labels = measure.label(morphology.remove_small_objects(filled, max_size=200))
+        return LabelledImage(as_rgb(image), labels.astype(np.uint8))
 
 
 @dataclass

@@ -159,7 +159,7 @@ def test_what_is_no_object_is_counted_by_its_reason(bad, reason, tmp_path):
 def test_objects_that_are_left_out_are_in_the_notes(tmp_path):
     data = content(annotation(SQUARE), annotation(SQUARE, 2), annotation(SQUARE, 3), annotation(SQUARE, 4, 8))
     data["images"].append({"id": 8, "file_name": "b.png"})
-    assert parts_of(read(tmp_path, data)).notes == ["2 annotations are left out: they repeat another one"]
+    assert parts_of(read(tmp_path, data)).left_out == {"annotations are left out: they repeat another one": 2}
 
 
 @pytest.mark.parametrize(

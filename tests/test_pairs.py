@@ -1,5 +1,6 @@
 """Image and mask files that belong together: turned, in pages, and with masks that have to be asked about."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,9 @@ import pytest
 import tifffile
 from labelled_images import MASK_SIDE, Array, blocks, save_pair
 from PIL import Image
+from pycocotools import mask as rle
 
+from finetuning.coco import coco_images
 from finetuning.decoding import DataError, ImageReading
 from finetuning.folders import paired_files
 from finetuning.labels import VOID, LabelReading
@@ -38,9 +41,43 @@ def test_masks_of_the_stored_size_are_turned_with_their_images(tmp_path):
         whole = source.read()
         np.testing.assert_array_equal(whole.labels, np.rot90(labels, turns))
         np.testing.assert_array_equal(whole.image[..., 0], whole.labels % 251)
-        assert list(whole.notes) == [
-            "images were turned upright, as their EXIF orientation says, and their masks with them"
+        assert list(whole.notes) == [TURNED.format("masks")]
+
+
+TURNED = "images were turned upright, as their EXIF orientation says, and their {} with them"
+
+
+@pytest.mark.parametrize("kind", ["colours", "a file per object", "COCO"])
+def test_objects_of_every_layout_are_turned_with_images_of_the_stored_size(kind, tmp_path):
+    images, masks = folders(tmp_path)
+    labels = blocks().astype(np.uint8)
+    photo(images / "a.png", labels, 6)
+    numbers = np.unique(labels)[1:]
+    if kind == "colours":
+        Image.fromarray(np.dstack([labels, 255 * (labels > 0), 0 * labels]).astype(np.uint8)).save(masks / "a.png")
+        (source,) = paired_files(images, masks, color_masks=True).sources
+    elif kind == "COCO":
+        runs = [
+            {**rle.encode(np.asfortranarray(labels == number, dtype=np.uint8)), "number": number} for number in numbers
         ]
+        annotations = [
+            {"id": place, "image_id": 1, "segmentation": {"size": run["size"], "counts": run["counts"].decode()}}
+            for place, run in enumerate(runs)
+        ]
+        listed = [{"id": 1, "file_name": "a.png", "height": 40, "width": 48}]
+        (tmp_path / "coco.json").write_text(json.dumps({"images": listed, "annotations": annotations}))
+        (source,) = coco_images(images, tmp_path / "coco.json").sources
+    else:
+        (masks / "a").mkdir()
+        for number in numbers:
+            Image.fromarray(labels == number).save(masks / "a" / f"{number}.png")
+        (source,) = paired_files(images, masks, mask_pattern="{stem}/*.png").sources
+    whole = source.read()
+    expected = np.rot90(labels, -1)
+    assert whole.image.shape[:2] == whole.labels.shape == expected.shape
+    pairs = np.unique(np.stack([whole.labels.ravel(), expected.ravel()]), axis=1)
+    assert pairs.shape[1] == 7, "each object is one of those that were drawn"
+    assert list(whole.notes) == [TURNED.format("annotations" if kind == "COCO" else "masks")]
 
 
 def test_masks_that_fit_both_ways_are_turned_if_asked_for(tmp_path):
