@@ -9,6 +9,7 @@ run writes such a file, run.yaml, that repeats it.
 """
 
 import sys
+import warnings
 
 from checkpoint_tools.errors import one_line_errors
 from finetuning.model import ModelError
@@ -20,7 +21,9 @@ from finetuning.sources import DataError
 
 def main(arguments: list[str] | None = None) -> None:
     settings = parse_args(arguments)
-    with one_line_errors(DataError, ModelError, SettingsError, ImportError):
+    with one_line_errors(DataError, ModelError, SettingsError, ImportError), warnings.catch_warnings():
+        # PEFT asks transformers by a name that 5.23 deprecates.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         finetune(settings)
 
 

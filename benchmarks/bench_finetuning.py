@@ -19,9 +19,10 @@ from checkpoint_tools.staging import ROOT
 RECIPE = ROOT / "finetune.py"
 PARTS = {
     "methods": {
-        "LoRA, r=16, on q and v": [],
-        "the same, and the whole decoder": ["--train-decoder", "full"],
-        "the whole vision encoder": ["--method", "full", "--learning-rate", "0.0003"],
+        "LoRA, r=16, on q and v, and the whole decoder": [],
+        "LoRA alone": ["--train-decoder", "none"],
+        "the whole encoder and decoder": ["--method", "full"],
+        "the same, learning rate 1e-3": ["--method", "full", "--learning-rate", "0.001"],
         "the whole decoder alone": ["--method", "decoder"],
     },
     "costs": {

@@ -91,6 +91,7 @@ def make_trainable(model: PreTrainedModel, settings: ModelSettings) -> PreTraine
         model.peft_config["default"].revision = settings.revision
         return model
     model.requires_grad_(False)
+    model._keys_to_ignore_on_save = list(model._tied_weights_keys)  # Trainer would warn of them when it loads the best
     if settings.method == "full":
         model.vision_encoder.requires_grad_(True)
     if settings.method == "decoder" or settings.train_decoder == "full":

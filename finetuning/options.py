@@ -25,6 +25,13 @@ from .settings import (
 
 
 GROUPS = (DataSettings, PromptSettings, ModelSettings, OutputSettings, TrainingSettings)
+# 4 images a step in each, so that the result differs only by precision.
+PRESETS = {
+    "8gb": ["--batch-size", "1", "--accumulate", "4", "--bf16", "--gradient-checkpointing"],
+    "16gb": ["--batch-size", "2", "--accumulate", "2", "--bf16", "--gradient-checkpointing"],
+    "24gb": ["--batch-size", "4", "--bf16", "--gradient-checkpointing"],
+    "cpu": ["--batch-size", "1", "--accumulate", "4", "--use-cpu"],
+}
 FILE_SUFFIXES = (".yaml", ".yml", ".json")
 
 
@@ -44,6 +51,7 @@ def parse(arguments: Sequence[str], description: str | None = None) -> Settings:
     try:
         if arguments and arguments[0].endswith(FILE_SUFFIXES):
             arguments[:1] = read_file(Path(arguments[0]), parser)
+        arguments = [*PRESETS.get(parser.parse_args(arguments).preset, []), *arguments]
         arguments = [*implied(vars(parser.parse_args(arguments))), *arguments]
         options = vars(parser.parse_args(arguments))
         data, prompts, model, output, training = parser.parse_args_into_dataclasses(
@@ -58,7 +66,11 @@ def implied(options: dict[str, Any]) -> list[str]:
     """Returns the defaults that depend on other settings, as arguments of the command line."""
     rate = 1e-4 if options["method"] == "full" else 1e-3
     is_sam_tiny = Path(options["base"]).resolve() == SAM_TINY
-    return [*as_arguments("learning_rate", rate), *as_arguments("image_size", 192 if is_sam_tiny else None)]
+    return [
+        *as_arguments("learning_rate", rate),
+        *as_arguments("image_size", 192 if is_sam_tiny else None),
+        *as_arguments("augment", ["none"] if options["cache_embeddings"] else None),
+    ]
 
 
 def read_file(file: Path, parser: argparse.ArgumentParser) -> list[str]:

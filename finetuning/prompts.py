@@ -1,5 +1,6 @@
 """Samples prompts from labels, and turns images, labels and prompts into model inputs."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,7 +9,9 @@ from scipy import ndimage
 from torch.utils.data import Dataset
 from transformers import SamProcessor
 
+from .augmentation import blurred, changed_intensity
 from .clicks import deepest
+from .embeddings import EmbeddingCache
 from .overlaps import mask_of, void_of
 from .samples import Sample, Window, shrink, visible
 
@@ -45,17 +48,23 @@ class ItemEncoder:
         processor: The model's.
         mask_side: Pixels along a side of the masks that the model predicts.
         prompts: What the model is told of an object.
+        embeddings: Where the images' embeddings are, if the encoder is not to run.
     """
 
-    def __init__(self, processor: SamProcessor, mask_side: int, prompts: Prompts):
+    def __init__(
+        self, processor: SamProcessor, mask_side: int, prompts: Prompts, embeddings: EmbeddingCache | None = None
+    ):
         self.processor = processor
         self.mask_side = mask_side
         self.prompts = prompts
+        self.embeddings = embeddings
 
     def __call__(
         self, image: np.ndarray, labels: np.ndarray, ids: np.ndarray, rng: np.random.Generator, train: bool
     ) -> dict[str, torch.Tensor]:
         """Returns `pixel_values` (3, side, side), prompts for the objects `ids`, and their masks as `labels`.
+
+        With `embeddings`, they take the place of `pixel_values`, as `image_embeddings` (channels, h, w).
 
         In `labels` (objects, mask_side, mask_side) int8 the object is 1, what else is in the image 0, and `OUTSIDE`
         what is beyond it or has no label.
@@ -74,6 +83,9 @@ class ItemEncoder:
         encoded = {name: inputs[name][0] for name in ("pixel_values", *told)}
         for name in {"pixel_values", "input_points", "input_boxes"} & set(encoded):
             encoded[name] = encoded[name].float()
+        if self.embeddings:
+            del encoded["pixel_values"]
+            encoded["image_embeddings"] = self.embeddings.read(image)
         if train and prompts.clicks:
             encoded["draws"] = torch.from_numpy(rng.random((len(ids), prompts.clicks), dtype=np.float32))
         small = shrink(labels, self.mask_side)
@@ -95,7 +107,7 @@ class TrainingSet(Dataset):
         encode: Makes model inputs.
         size: Items to draw in all.
         objects: Objects per item. They may repeat, with different prompts.
-        augment: `none`, `crop` to draw a part and mirror it, or `turn` to turn it too.
+        augment: `crop` to draw a part and mirror it, `turn` to turn it as well, `intensity` and `blur` for its look.
         min_area: Objects that show less than this many pixels of the predicted masks are not drawn.
         seed: Of everything drawn.
     """
@@ -106,7 +118,7 @@ class TrainingSet(Dataset):
         encode: ItemEncoder,
         size: int,
         objects: int = 6,
-        augment: str = "turn",
+        augment: Sequence[str] = ("turn",),
         min_area: int = 4,
         seed: int = 0,
     ):
@@ -125,6 +137,10 @@ class TrainingSet(Dataset):
         """Returns item `index` of the drawing."""
         rng = np.random.default_rng([self.seed, 1, index])
         image, labels, ids = self.crop(self.draw(index), rng)
+        if "intensity" in self.augment:
+            image = changed_intensity(image, rng)
+        if "blur" in self.augment:
+            image = blurred(image, rng)
         return self.encode(image, labels, rng.choice(ids, self.objects), rng, train=True)
 
     def draw(self, index: int) -> Sample:
@@ -136,7 +152,7 @@ class TrainingSet(Dataset):
     def crop(self, sample: Sample, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Returns an augmented part of the sample (H, W, 3), its labels (..., H, W), and the objects to draw from."""
         image, labels = sample.read()
-        if self.augment == "none":
+        if not {"crop", "turn"} & set(self.augment):
             return image, labels, sample.ids
         ids = sample.ids
         window: Window = np.s_[:, :]
@@ -151,7 +167,7 @@ class TrainingSet(Dataset):
             if len(shown):
                 ids, window = shown, part
                 break
-        turns = int(rng.integers(4)) if self.augment == "turn" else 0
+        turns = int(rng.integers(4)) if "turn" in self.augment else 0
         mirror = int(rng.choice([-1, 1]))
         image = np.ascontiguousarray(np.rot90(image[window], turns)[:, ::mirror])
         labels = np.ascontiguousarray(np.rot90(labels[..., *window], turns, axes=(-2, -1))[..., ::mirror])

@@ -127,7 +127,7 @@ def picture_row(
     sample, ids = validation.items[index]
     image, labels = sample.read()
     item = validation[index]
-    scale = max(image.shape[:2]) / item["pixel_values"].shape[-1]
+    scale = max(image.shape[:2]) / validation.encode.processor.image_processor.size["longest_edge"]
     row: dict[str, Any] = {"image": image, "points": [], "boxes": []}
     if prompting.first == POINT:
         row["points"] = scale * item["input_points"].numpy()[item["input_labels"].numpy() == 1]
@@ -156,6 +156,11 @@ def card(settings: ModelSettings, metrics: dict[str, Any], is_adapter: bool) -> 
         f"{'Adapter for the split SAM of' if is_adapter else 'Split SAM, from'} `{base}`"
         f"{f', revision `{settings.revision}`' if settings.revision else ''}. Data: {metrics['data']}, "
         f"{metrics['objects']['train']} training objects, {metrics['objects']['validation']} validation objects.",
+        *(
+            [f"Images are scaled to a side of {side} pixels: load the base with `image_size={side}`."]
+            if (side := settings.image_size)
+            else []
+        ),
         f"Best of {metrics['steps']} steps, prompts: {metrics['prompts']}. On the validation objects, at the "
         "resolution of the model's masks:",
         *([] if metrics["better_than_base"] else [f"**Do not use it:** {worse_than_base(metrics)}"]),

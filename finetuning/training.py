@@ -17,6 +17,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from .embeddings import EmbeddingCache
 from .losses import MaskMetrics, StepLoss, object_scores
 from .predictor import Predictor
 from .prompts import ItemEncoder, Prompts, TrainingSet, ValidationSet
@@ -79,7 +80,10 @@ def build_trainer(
     asked, training = settings.prompts, settings.training
     prompting = Prompting(asked.prompts, asked.rounds, asked.multimask, training.seed)
     prompts = Prompts(asked.prompts, asked.points, asked.negative_points, asked.rounds)
-    encode = ItemEncoder(processor, mask_side, prompts)
+    embeddings = None
+    if settings.model.cache_embeddings:
+        embeddings = EmbeddingCache(settings.model.cache_embeddings, model, processor, training.mixed_precision)
+    encode = ItemEncoder(processor, mask_side, prompts, embeddings)
     callbacks: list[TrainerCallback] = []
     if training.patience:
         callbacks.append(EarlyStoppingCallback(training.patience))
@@ -91,7 +95,7 @@ def build_trainer(
         def others() -> dict[str, float]:
             return {AUTOMATIC: best_automatic_score(predictor, parts.validation, how_to_segment)}
 
-    return PromptTrainer(
+    trainer = PromptTrainer(
         prompting,
         model,
         training,
@@ -111,6 +115,12 @@ def build_trainer(
         preprocess_logits_for_metrics=object_scores,
         callbacks=callbacks,
     )
+    if embeddings:
+        samples = [*parts.train, *parts.validation][training.process_index :: training.world_size]
+        with trainer.compute_loss_context_manager():  # in the precision of training
+            embeddings.fill(samples, show_progress=training.process_index == 0)
+        trainer.accelerator.wait_for_everyone()
+    return trainer
 
 
 def segmentation_settings(settings: Settings) -> SegmentationSettings:

@@ -18,18 +18,18 @@ DECODER_LORA = r"mask_decoder\.transformer\.[\w.]+\.[qv]_proj\.lora_[AB]\.defaul
 @pytest.mark.parametrize(
     ("arguments", "adapters", "whole"),
     [
-        ([], VISION_LORA, None),
-        (["--target", "q", "v", "--rslora"], VISION_LORA, None),
+        ([], VISION_LORA, "mask_decoder"),
+        (["--train-decoder", "none"], VISION_LORA, None),
+        (["--target", "q", "v", "--rslora", "--train-decoder", "none"], VISION_LORA, None),
         (
-            ["--target", "k", "lin1"],
+            ["--target", "k", "lin1", "--train-decoder", "none"],
             r"vision_encoder\.layers\.\d\.(attn\.k|mlp\.lin1)\.lora_[AB]\.default\.weight",
             None,
         ),
-        (["--dora"], VISION_LORA.replace(r"lora_[AB]\.default", r"lora_\w+\.default"), None),
+        (["--dora"], VISION_LORA.replace(r"lora_[AB]\.default", r"lora_\w+\.default"), "mask_decoder"),
         (["--train-decoder", "lora"], f"{VISION_LORA}|{DECODER_LORA}", None),
-        (["--train-decoder", "full"], VISION_LORA, "mask_decoder"),
-        (["--method", "full"], None, "vision_encoder"),
-        (["--method", "full", "--train-decoder", "full"], None, "vision_encoder|mask_decoder"),
+        (["--method", "full", "--train-decoder", "none"], None, "vision_encoder"),
+        (["--method", "full"], None, "vision_encoder|mask_decoder"),
         (["--method", "decoder"], None, "mask_decoder"),
     ],
     ids=str,
@@ -60,7 +60,8 @@ def test_last_layers_cost_no_backward_below(arguments, load, inputs):
     needs_grad = []
     for layer in model.base_model.model.vision_encoder.layers:
         layer.register_forward_hook(lambda *hooked: needs_grad.append(hooked[2].requires_grad))
-    model(**inputs).pred_masks.mean().backward()
+    outputs = model(**inputs)
+    (outputs.pred_masks.mean() + outputs.iou_scores.mean()).backward()
     assert needs_grad[:3] == [False, False, True]
     assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
     adapted = [name for name, p in model.named_parameters() if p.requires_grad and "vision_encoder" in name]

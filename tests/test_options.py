@@ -41,6 +41,10 @@ def refusal(arguments: list[str], capsys) -> str:
         (["--select", "best"], "--select best: expected one of iou, iou_point, iou_box, iou_clicks, automatic"),
         (["--select", "iou_clicks", "--prompts", "box"], "--select iou_clicks: expected one of iou, iou_box"),
         (["--overlap", "0.95"], "--overlap 0.95: expected a share from 0 to 0.9"),
+        (["--cache-embeddings", "x"], "--cache-embeddings and --method lora: expected --method decoder"),
+        (["--cache-embeddings", "x", "--method", "decoder", "--augment", "crop"], "expected --augment none"),
+        (["--augment", "none", "blur"], "--augment none blur: expected none, or others"),
+        (["--method", "decoder", "--train-decoder", "none"], "nothing would be trained"),
         (["--export", "whole"], "invalid choice: 'whole'"),
         (["--schedule", "zigzag"], "invalid choice: 'zigzag'"),
         (["--label-names", "masks"], "--label-names ['masks']: the recipe works with ['labels'] only"),
@@ -105,6 +109,15 @@ def test_defaults_depend_on_what_is_trained(arguments, rate, side):
     settings = finetune.parse_args(arguments)
     assert settings.training.learning_rate == settings.options["learning_rate"] == rate
     assert settings.model.image_size == settings.options.get("image_size") == side
+
+
+def test_presets_are_defaults(tmp_path):
+    (tmp_path / "run.yaml").write_text("preset: 8gb\naccumulate: 2")
+    training = finetune.parse_args([str(tmp_path / "run.yaml"), "--bf16", "false"]).training
+    sizes = training.per_device_train_batch_size, training.gradient_accumulation_steps
+    assert sizes == (1, 2) and training.gradient_checkpointing and not training.bf16
+    for name in ("8gb", "16gb", "24gb", "cpu"):
+        assert finetune.parse_args(["--preset", name]).training.step_size == 4
 
 
 def test_written_file_repeats_the_run(tmp_path, monkeypatch):

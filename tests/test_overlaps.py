@@ -42,7 +42,7 @@ def test_targets_of_overlapping_objects_are_whole(augment, processor):
     item = ValidationSet([sample], encode)[0]
     areas = (item["labels"] == 1).sum((1, 2))
     assert areas[0] == areas[1] == pytest.approx(np.pi * 10**2 * (MASK_SIDE / 48) ** 2, rel=0.1)
-    drawn = TrainingSet([sample], encode, size=1, augment=augment)[0]
+    drawn = TrainingSet([sample], encode, size=1, augment=[augment])[0]
     for box, target in zip(drawn["input_boxes"] * MASK_SIDE / 64, drawn["labels"], strict=True):
         rows, columns = np.nonzero(target.numpy() == 1)
         np.testing.assert_allclose(box, [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1], atol=2)

@@ -161,7 +161,7 @@ def test_pixels_without_a_label_do_not_count(processor):
     parts = train_validation_parts([Array(labels, str(n)) for n in range(2)], MASK_SIDE, 0.5, min_area=1)
     assert {number for sample in parts.train for number in sample.ids} == set(np.unique(blocks())) - {0}
     encode = ItemEncoder(processor, MASK_SIDE, Prompts("point", negative_points=20))
-    for item in (ValidationSet(parts.validation, encode)[0], TrainingSet(parts.train, encode, 1, augment="none")[0]):
+    for item in (ValidationSet(parts.validation, encode)[0], TrainingSet(parts.train, encode, 1, augment=["none"])[0]):
         targets = item["labels"].numpy()[:, :27]  # 40 of 48 rows
         assert (targets[..., 17:] != 0).mean() > 0.5 and (targets == OUTSIDE).any()
         assert (targets[..., :15] != OUTSIDE).all()

@@ -6,6 +6,7 @@ import torch
 from labelled_images import MASK_SIDE, Array, blocks
 from torch.utils.data import default_collate
 
+from finetuning.augmentation import blurred, changed_intensity
 from finetuning.prompts import (
     MOST_JITTER,
     OUTSIDE,
@@ -62,7 +63,7 @@ def test_box_noise_is_a_tenth_of_the_sides_but_capped():
 @pytest.mark.parametrize("augment", ["none", "crop", "turn"])
 def test_prompts_belong_to_the_targets(augment, processor):
     """Positive points lie in the target mask, negative ones beside it, boxes around it."""
-    items = training_set(processor, augment=augment, prompts=Prompts("mixed", points=2, negative_points=2, jitter=0))
+    items = training_set(processor, augment=[augment], prompts=Prompts("mixed", points=2, negative_points=2, jitter=0))
     for number in range(12):
         item = items[number]
         for index, target in enumerate(item["labels"]):
@@ -100,3 +101,29 @@ def test_images_of_few_rows_are_not_taken_for_channels_first(rows, kind, process
     item = ValidationSet([sample], ItemEncoder(processor, MASK_SIDE, Prompts(kind)))[0]
     lit = item["pixel_values"][0] != item["pixel_values"][0, -1, -1]
     assert lit.any(1).sum() <= round(rows * 64 / 40) < lit.any(0).sum()
+
+
+def test_intensity_and_blur_change_the_look_alone(processor):
+    plain = training_set(processor)
+    for look in ("intensity", "blur"):
+        changed, again = (training_set(processor, augment=["turn", look]) for _ in range(2))
+        looks = [torch.equal(changed[n]["pixel_values"], plain[n]["pixel_values"]) for n in range(6)]
+        assert not all(looks)
+        for number in range(3):
+            assert torch.equal(changed[number]["labels"][0], again[number]["labels"][0])
+            assert torch.equal(changed[number]["pixel_values"], again[number]["pixel_values"])
+
+
+def test_intensity_is_monotonic_and_blur_keeps_the_mean():
+    ramp = np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 3, 2)
+    photo = np.random.default_rng(0).integers(0, 256, (80, 100, 3), dtype=np.uint8)
+    rng = np.random.default_rng(1)
+    darker, blurs = [], []
+    for _ in range(50):
+        values = changed_intensity(ramp, rng)[0, :, 0].astype(int)
+        assert (np.diff(values) >= 0).all() and np.ptp(values) > 100
+        darker.append(values[128] < 128)
+        out = blurred(photo, rng)
+        assert abs(out.mean() - photo.mean()) < 1
+        blurs.append(out.std() < photo.std())
+    assert 0.2 < np.mean(darker) < 0.8 and 0.3 < np.mean(blurs) < 0.7

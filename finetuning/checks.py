@@ -1,0 +1,29 @@
+"""Checks of settings, with errors that name the option."""
+
+from typing import Any
+
+
+class SettingsError(ValueError):
+    """Settings that are out of range or contradict each other."""
+
+
+def require_at_least(least: float, settings: Any, *names: str) -> None:
+    """Raises an error that names the first of the settings that is less; None is allowed."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not value >= least:
+            raise SettingsError(f"{option(settings, name)} {value}: expected {least} or more.")
+
+
+def require_share(settings: Any, name: str, above_0: bool = False) -> None:
+    """Raises an error if the setting is not a share from 0 to less than 1; None is allowed."""
+    value = getattr(settings, name)
+    if value is not None and not (0 <= value < 1 and (value > 0 or not above_0)):
+        least = "more than 0" if above_0 else "0"
+        raise SettingsError(f"{option(settings, name)} {value}: expected a share from {least} to less than 1.")
+
+
+def option(settings: Any, name: str) -> str:
+    """Returns the option of the command line that sets the field `name`: the short one, if it has one."""
+    aliases = settings.__dataclass_fields__[name].metadata.get("aliases")
+    return aliases[0] if aliases else f"--{name.replace('_', '-')}"
