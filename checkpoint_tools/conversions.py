@@ -48,13 +48,12 @@ def to_sam(
     with staged(destination, "stock model", force, sources=(source, adapter)) as folder:
         model, stored = load_checked(source)
         target = getattr(torch, dtype) if dtype else stored
-        stock = stock_model(fetch(source))
         if adapter is None:
-            expected, tolerance = example_outputs(stock), TOLERANCE
+            expected, tolerance = example_outputs(stock_model(fetch(source))), TOLERANCE
             merged = model
         else:
             adapted = with_adapter(model, adapter)
-            expected, effect = effect_of(adapted, model, stock)
+            expected, effect = effect_of(adapted, model, stock_model(fetch(source)))
             tolerance = allowed_difference(effect)
             merged = adapted.merge_and_unload()
         sam = merged.to_sam()
@@ -174,6 +173,8 @@ def normalization(
 
 def to_meta(source: str, file: Path, force: bool = False) -> float:
     """Writes a split or stock model as a checkpoint in Meta's layout; returns the relative error, like `to_sam`."""
+    if file.suffix == ".safetensors":
+        raise ValueError(f"{file}: to-meta writes as torch.save does: choose a name that ends in .pth.")
     with staged_file(file, "checkpoint in Meta's layout", force, sources=(source,)) as staged_path:
         model, dtype = load_checked(source)
         meta_layout.check_expressible(model.config)

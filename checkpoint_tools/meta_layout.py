@@ -32,6 +32,11 @@ KNOWN = {
     r"\.(absmax|quant_map|nested_absmax|quant_state)": "4-bit weights of QLoRA: export them as LoRA in its own tool",
     r"\.attn\.mlp\.": "an MLP LoRA that the version of micro-sam which wrote it does not use",
     r"[aA]dapter": "adapter layers between SAM's own",
+    r"^vision_encoder\.layers\.": "the layout of transformers: give its folder to to-split",
+    r"^base_model\.model\.": "an adapter of PEFT: see adapter-to-split",
+    r"image_encoder\.trunk\.": "SAM 2, which is another architecture",
+    r"image_encoder\.layers\.\d+\.blocks\.": "the TinyViT of MobileSAM, which is another architecture",
+    r"\.hf_token|hf_mlp": "HQ-SAM, whose decoder has more layers",
     r"^fc_\d+in_": "a layer of Sam_LoRA, whose LoRA also has biases that no file holds",
 }
 

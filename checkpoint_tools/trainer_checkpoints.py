@@ -90,6 +90,10 @@ def unpacked(file: Path) -> Any:
         with torch.serialization.safe_globals(NUMPY_DATA), warnings.catch_warnings(action="ignore"):
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # bytes that are no pickle raise nearly any
+        if "TorchScript" in str(error):
+            raise ValueError(
+                f"{file} is a TorchScript archive, which is code: save the model's state dict."
+            ) from error
         if objects := foreign_objects(file, str(error)):
             raise ValueError(
                 f"{file} holds more than weights and numbers: objects of {', '.join(objects)}. They are not loaded, "

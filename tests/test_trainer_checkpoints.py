@@ -133,6 +133,11 @@ REFUSED = {
         lambda weights: {**weights, "image_encoder.pos_embed": weights["image_encoder.pos_embed"] * torch.nan},
         "holds NaN or infinity in image_encoder.pos_embed",
     ),
+    "transformers' layout": (lambda weights: stock_model().state_dict(), "give its folder to to-split"),
+    "MobileSAM": (
+        lambda weights: {**weights, "image_encoder.layers.0.blocks.0.conv.weight": torch.zeros(2)},
+        "the TinyViT of MobileSAM",
+    ),
     "more weights": (lambda weights: {**weights, "loss.weight": torch.zeros(2)}, "unknown: loss.weight"),
 }
 
@@ -156,6 +161,15 @@ def test_what_is_refused(case, weights, tmp_path, refused):
 def test_garbage(name, content, message, tmp_path, refused):
     (tmp_path / name).write_bytes(content)
     assert message in refused(f"from-meta {name} out")
+
+
+def test_torchscript(refused):
+    torch.jit.trace(nn.Linear(2, 2), torch.zeros(2)).save("sam.pt")
+    assert "sam.pt is a TorchScript archive, which is code" in refused("from-meta sam.pt out")
+
+
+def test_the_file_of_to_meta_has_a_name_that_fits(stock_dir, tmp_path, refused):
+    assert "choose a name that ends in .pth" in refused(f"to-meta {stock_dir} sam.safetensors")
 
 
 def test_damage_of_any_kind_is_one_error(tmp_path):
