@@ -1,0 +1,37 @@
+"""Opens a page on this machine, on which a click on an object shows its mask.
+
+python app.py
+python app.py --adapter build/finetune/adapter --images photos
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from transformers.utils import logging
+
+from webapp.segmenter import Source
+from webapp.serving import AppError, serve
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse_args(arguments)
+    try:
+        serve(Source(args.base, args.revision, args.adapter), args.images, args.port)
+    except AppError as error:
+        sys.exit(str(error))
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", help="folder or Hub id of a SAM v1 (default: that of the adapter, or sam-tiny)")
+    parser.add_argument("--revision", help="of the base, on the Hub")
+    parser.add_argument("--adapter", help="folder or Hub id of an adapter")
+    parser.add_argument("--images", type=Path, help="folder of images to choose from (default: the coins)")
+    parser.add_argument("--port", type=int, help="of the page (default: a free one from 7860)")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    logging.disable_progress_bar()
+    main()

@@ -1,0 +1,101 @@
+"""A headless Chromium that uses the page of `app.py` as people do, and takes pictures of it.
+
+python tests/browser.py build/finetune/adapter  # remakes those of docs/app.md, with the page that this adapter opens
+"""
+
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import urlopen
+
+from playwright.sync_api import Page, sync_playwright
+
+
+ROOT = Path(__file__).resolve().parent.parent
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+OPTIONS += ["--disable-sync", "--no-first-run", "--disable-quic"]
+COINS = (384, 303)  # width and height
+SECONDS = 60 * 1000  # of playwright
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@contextmanager
+def app(*arguments: str, script: Path = ROOT / "app.py", **environment: str) -> Iterator[str]:
+    """Runs `app.py` in a process of its own and yields its URL."""
+    port = free_port()
+    command = [sys.executable, str(script), *arguments, "--port", str(port)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        while process.poll() is None:
+            try:
+                urlopen(url)
+                break
+            except URLError:
+                time.sleep(0.2)
+        else:
+            raise AssertionError(process.stdout.read())
+        yield url
+    finally:
+        process.terminate()
+        process.communicate()
+
+
+@contextmanager
+def browser(url: str, dark: bool = False, height: int = 900) -> Iterator[Page]:
+    """Opens the page and waits until it shows the coins. Fails at any request to elsewhere."""
+    elsewhere: list[str] = []
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=OPTIONS)
+        page = chromium.new_page(
+            viewport={"width": 1280, "height": height}, color_scheme="dark" if dark else "light", accept_downloads=True
+        )
+        page.set_default_timeout(SECONDS)
+        page.on("request", lambda request: elsewhere.append(request.url))
+        page.goto(url)
+        page.locator("#picture img").wait_for()
+        page.get_by_text("Click on an object").wait_for()
+        yield page
+        chromium.close()
+    assert not [request for request in elsewhere if not request.startswith((url, "data:", "blob:"))]
+
+
+def click(page: Page, x: float, y: float) -> None:
+    """Clicks on a place of the coins, in pixels of the image, and waits for the answer."""
+    picture = page.locator("#picture img")
+    before = picture.get_attribute("src")
+    box = picture.bounding_box()
+    picture.click(position={"x": x / COINS[0] * box["width"], "y": y / COINS[1] * box["height"]})
+    page.wait_for_function("before => document.querySelector('#picture img').src != before", arg=before)
+    page.wait_for_function("document.querySelector('#picture img').complete")
+
+
+def press(page: Page, name: str) -> None:
+    """Presses a button, and waits for the picture to change."""
+    before = page.locator("#picture img").get_attribute("src")
+    page.get_by_role("button", name=name, exact=True).click()
+    page.wait_for_function("before => document.querySelector('#picture img').src != before", arg=before)
+
+
+def download(page: Page, ending: str, folder: Path) -> Path:
+    """Makes the files, and downloads the one whose name ends so."""
+    page.get_by_role("button", name="Make files to download").click()
+    link = page.locator(f"a[download$='{ending}']")
+    link.wait_for()
+    with page.expect_download() as waiting:
+        link.click()
+    path = folder / waiting.value.suggested_filename
+    waiting.value.save_as(path)
+    return path

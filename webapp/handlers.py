@@ -1,0 +1,158 @@
+"""What the page does when something is clicked on: plain functions, whose errors the page shows as messages."""
+
+import functools
+import html
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from finetuning.images import read_image
+from finetuning.segmentation_settings import SegmentationSettings
+
+from . import session as actions
+from .downloads import coco_of
+from .segmenter import Segmenter
+from .session import ActionError, Session
+
+
+MAX_PIXELS = 50_000_000
+
+
+def shown_as_message(handler: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes errors of a handler messages on the page, which may contain HTML: texts of users must not."""
+
+    @functools.wraps(handler)
+    def safe(*args: Any) -> Any:
+        try:
+            return handler(*args)
+        except (ValueError, ActionError) as error:
+            message, title = str(error), "That did not work"
+        except Exception as error:
+            logging.getLogger(__name__).exception("A handler of the page failed.")
+            message, title = f"{type(error).__name__}: the server's log says more.", "This should not happen"
+        raise gr.Error(html.escape(message, quote=False), title=title, print_exception=False) from None
+
+    return safe
+
+
+def open_file(segmenter: Segmenter, path: Path) -> Session:
+    """Opens an image file, as `segment.py` does.
+
+    Raises:
+        ValueError: If it cannot be read, or is too large.
+    """
+    try:
+        image = read_image(path)
+    except ValueError as error:
+        raise ValueError(str(error).replace(str(path), path.name)) from error  # users know only the name
+    height, width = image.shape[:2]
+    if height * width > MAX_PIXELS:
+        raise ValueError(
+            f"{path.name} has {height * width / 1e6:.0f} megapixels; expected at most {MAX_PIXELS / 1e6:.0f}: scale "
+            "it down, or use segment.py."
+        )
+    return actions.open_image(segmenter, image, path.name)
+
+
+def segment_file(
+    segmenter: Segmenter,
+    path: str | None,
+    points: list[list[float]] | None,
+    box: list[float] | None,
+) -> dict[str, Any]:
+    """Segments one object, or all without points and a box.
+
+    Args:
+        segmenter: The model.
+        path: An uploaded image.
+        points: (x, y, label) of each, label 1 inside of the object and 0 outside.
+        box: Left, top, right and bottom.
+
+    Returns:
+        COCO annotations.
+
+    Raises:
+        ValueError: If an argument is not as described.
+    """
+    if path is None:
+        raise ValueError("image: expected a file.")
+    session = open_file(segmenter, Path(path))
+    for x, y, label in checked(points or [], 3, "points"):
+        session = actions.add_click(segmenter, session, (x, y), "inside" if label else "outside")
+    for left, top, right, bottom in checked([box] if box else [], 4, "box"):
+        for corner in ((left, top), (right, bottom)):
+            session = actions.add_click(segmenter, session, corner, "box")
+    if not points and not box:
+        session = actions.find_all(segmenter, session, segmenter.settings)
+    return coco_of(session.segments, session.image.shape[:2], session.name)
+
+
+def checked(rows: Any, length: int, name: str) -> list[list[float]]:
+    """Returns lists of `length` numbers.
+
+    Raises:
+        ValueError: If they are something else.
+    """
+    is_numbers = isinstance(rows, list) and all(
+        isinstance(row, list) and len(row) == length and all(isinstance(number, int | float) for number in row)
+        for row in rows
+    )
+    if not is_numbers:
+        raise ValueError(f"{name}: expected {length} numbers each, got {str(rows)[:80]}.")
+    return rows
+
+
+def required(session: Session | None) -> Session:
+    """Returns the session.
+
+    Raises:
+        ActionError: If there is none, or no more.
+    """
+    if session is None:
+        raise ActionError("No image is open, or it was closed after an hour without a click: open one.")
+    return session
+
+
+def settings_of(segmenter: Segmenter, values: Sequence[float]) -> SegmentationSettings:
+    """Returns the settings with the values of the sliders: rating, stability, overlap and grid."""
+    min_iou, min_stability, max_overlap, grid = values
+    return segmenter.settings.but(
+        min_iou=min_iou, min_stability=min_stability, max_overlap=max_overlap, grid=int(grid)
+    )
+
+
+def table_of(session: Session) -> list[list[Any]]:
+    """Returns a row for each object, with the columns of the page's table."""
+    rows = []
+    for number, segment in enumerate(session.segments, start=1):
+        left, top, right, bottom = segment.box
+        box = f"{left}, {top}: {right - left} × {bottom - top}"
+        rows.append([number, segment.area, box, f"{segment.rating:.2f}", f"{segment.stability:.2f}"])
+    return rows
+
+
+def choices_of(session: Session) -> list[tuple[str, int]]:
+    """Returns the masks to choose from, with their ratings, and their indices."""
+    names = ["A", "B", "C", "single"]
+    return [
+        (f"{name} · {mask.rating:.2f}", index)
+        for index, (name, mask) in enumerate(zip(names, session.masks, strict=False))
+    ]
+
+
+def status_of(session: Session) -> str:
+    """Says how many objects there are, and what to do next."""
+    number = len(session.objects)
+    if session.marks.prompt.corner:
+        return "Click on the **opposite corner** of the box."
+    if session.current:
+        objects = f"{number} object{'s' if number > 1 else ''}."
+        return f"**{objects}** Click again to correct the mask, or choose *Next object*."
+    if session.marks.prompt.points:
+        return "Now click **in the object**, or draw a box around it."
+    if number:
+        return f"**{number} object{'s' if number > 1 else ''}.** Click on the next one."
+    return "**Click on an object** in the picture."

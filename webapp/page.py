@@ -1,0 +1,263 @@
+"""The page: what is on it, and which action each of its parts starts."""
+
+import secrets
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from finetuning.images import IMAGE_SUFFIXES
+
+from . import session as actions
+from .downloads import write_files
+from .drawing import draw, draw_masks
+from .handlers import (
+    choices_of,
+    open_file,
+    required,
+    segment_file,
+    settings_of,
+    shown_as_message,
+    status_of,
+    table_of,
+)
+from .screen import place_in_image
+from .segmenter import Segmenter
+from .session import ActionError, Session
+
+
+MAX_FILE_SIZE = "50mb"
+SECONDS_TO_KEEP = 3600  # after the last action of a user
+MODES = [("Point in the object", "inside"), ("Point beside it", "outside"), ("Box: two clicks", "box")]
+COLUMNS = {"object": 80, "pixels": 90, "left, top: size": 170, "rating": 80, "stability": 100}  # and their widths
+CSS = """
+.gradio-container { max-width: 1400px !important; margin: auto; }
+#picture img { cursor: crosshair; }
+"""
+LAUNCH_OPTIONS: dict[str, Any] = {
+    # The page serves these fonts itself; of some others gradio has only a few letters.
+    "theme": gr.themes.Default(
+        primary_hue="blue",
+        font=[gr.themes.LocalFont("IBM Plex Sans", (400, 700)), "sans-serif"],
+        font_mono=[gr.themes.LocalFont("IBM Plex Mono", (400, 700)), "monospace"],
+    ),
+    "css": CSS,
+    "max_file_size": MAX_FILE_SIZE,
+    "footer_links": ["api", "settings"],
+    "share": False,
+}
+
+
+class Page:
+    """The page of one model.
+
+    Args:
+        segmenter: The model.
+        images: Images to choose from, by name; the first is open at the start.
+        about: What the page says of the model, Markdown.
+    """
+
+    def __init__(self, segmenter: Segmenter, images: Mapping[str, Path], about: str) -> None:
+        self.segmenter, self.images = segmenter, images
+        with gr.Blocks(
+            title="Segment Anything", analytics_enabled=False, delete_cache=(600, SECONDS_TO_KEEP)
+        ) as self.blocks:
+            gr.Markdown(about)
+            self.session = gr.State(None, time_to_live=SECONDS_TO_KEEP)
+            with gr.Row():
+                with gr.Column(scale=3, min_width=400):
+                    self.add_pictures()
+                with gr.Column(scale=2, min_width=320):
+                    self.add_controls()
+            self.views = [
+                *(self.session, self.picture, self.status, self.choice),
+                *(self.table, self.selected, self.remove, self.tabs, self.files),
+            ]
+            self.connect()
+            self.add_api()
+
+    def add_pictures(self) -> None:
+        """The image, and the same before and after fine-tuning."""
+        with gr.Tabs() as self.tabs:
+            with gr.Tab("Picture", id="picture"):
+                self.picture = gr.Image(
+                    label="Picture",
+                    interactive=False,
+                    buttons=["fullscreen"],
+                    elem_id="picture",
+                    alt_text="The image, with the masks and the clicks so far",
+                )
+            with gr.Tab("Before and after", id="comparison", visible=self.segmenter.has_adapter) as self.comparison:
+                self.slider = gr.ImageSlider(
+                    label="Left: without the adapter. Right: with it.", interactive=False, buttons=["fullscreen"]
+                )
+                self.difference = gr.Markdown()
+        self.status = gr.Markdown()
+
+    def add_controls(self) -> None:
+        """What to open, how to prompt, and what to do with the masks."""
+        with gr.Row():
+            self.name = gr.Dropdown(list(self.images), label="Image", scale=3)
+            self.upload = gr.UploadButton("Upload", file_types=list(IMAGE_SUFFIXES), size="md", scale=1, min_width=100)
+        with gr.Tabs():
+            with gr.Tab("One object"):
+                self.mode = gr.Radio(MODES, value="inside", label="A click is a")
+                self.choice = gr.Radio([], label="Mask: one of three, or the single one; with its predicted IoU")
+                self.next = gr.Button("Next object", variant="primary")
+            with gr.Tab("All objects"):
+                self.add_sliders()
+        with gr.Row():
+            self.undo = gr.Button("Undo")
+            self.clear = gr.Button("Clear")
+        self.table = gr.Dataframe(
+            headers=list(COLUMNS),
+            column_widths=list(COLUMNS.values()),
+            interactive=False,
+            label="Objects",
+            max_height=260,
+        )
+        self.selected = gr.State(None)  # number of an object in the table
+        with gr.Row():
+            self.remove = gr.Button()
+            self.save = gr.Button("Make files to download")
+        self.files = gr.Files(label="Label image, overlay, COCO annotations", interactive=False, visible=False)
+
+    def add_sliders(self) -> None:
+        """Thresholds, at first those that the weights come with."""
+        settings = self.segmenter.settings
+        thresholds = [
+            ("Lowest predicted IoU", settings.min_iou),
+            ("Lowest stability", settings.min_stability),
+            ("Highest IoU of two objects", settings.max_overlap),
+        ]
+        self.sliders = [gr.Slider(0, 1, value, step=0.01, label=label) for label, value in thresholds]
+        self.sliders.append(gr.Slider(4, 64, settings.grid, step=1, label="Points along a side of the grid"))
+        self.find = gr.Button("Find all objects", variant="primary")
+
+    def connect(self) -> None:
+        """Starts an action for each part."""
+        self.on(self.blocks.load, self.open_first, [])
+        self.on(self.name.input, self.open_named, [self.name])
+        self.on(self.upload.upload, self.open_upload, [self.upload])
+        self.on(self.picture.select, self.click, [self.session, self.mode], show_progress="hidden")
+        self.on(self.choice.input, self.take(actions.choose_mask), [self.session, self.choice])
+        self.on(self.next.click, self.take(actions.finish_object), [self.session])
+        self.on(self.undo.click, self.take(actions.undo), [self.session])
+        self.on(self.clear.click, self.take(actions.clear), [self.session])
+        self.on(self.remove.click, self.remove_object, [self.session, self.selected])
+        self.on(self.find.click, self.find_all, [self.session, *self.sliders])
+        for slider in self.sliders[:3]:
+            self.on(slider.release, self.find_again, [self.session, *self.sliders])
+        compare = [self.session, self.slider, self.difference]
+        self.on(self.comparison.select, self.compare, [self.session], compare)
+        self.on(self.save.click, self.write, [self.session], [self.files])
+        self.on(self.table.select, self.select, [self.session], [self.selected, self.remove])
+
+    def on(
+        self,
+        event: Callable[..., Any],
+        handler: Callable[..., Any],
+        inputs: list[Any],
+        outputs: list[Any] | None = None,
+        **options: Any,
+    ) -> None:
+        """Runs `handler` at an event, one at a time for all users, as there is one model."""
+        event(
+            shown_as_message(handler),
+            inputs,
+            self.views if outputs is None else outputs,
+            api_visibility="private",
+            concurrency_id="model",
+            concurrency_limit=1,
+            **options,
+        )
+
+    def view(self, session: Session) -> list[Any]:
+        """Returns the values of `views`."""
+        choices = choices_of(session)
+        return [
+            session,
+            draw(session),
+            status_of(session),
+            gr.Radio(choices, value=session.choice if choices else None),
+            table_of(session),
+            None,
+            gr.Button("Remove object", interactive=False),
+            gr.Tabs(selected="picture"),
+            gr.Files(None, visible=False),
+        ]
+
+    def open_first(self) -> list[Any]:
+        """Opens the first of the images."""
+        return self.open_named(next(iter(self.images)))
+
+    def open_named(self, name: str) -> list[Any]:
+        """Opens one of the images."""
+        return self.view(open_file(self.segmenter, self.images[name]))
+
+    def open_upload(self, path: str) -> list[Any]:
+        """Opens the user's own image, and deletes its file."""
+        try:
+            return self.view(open_file(self.segmenter, Path(path)))
+        finally:
+            Path(path).unlink(missing_ok=True)  # the session has its pixels
+
+    def click(self, session: Session | None, mode: str, event: gr.SelectData) -> list[Any]:
+        """Adds a click on the picture."""
+        session = required(session)
+        place = place_in_image(event.index, session.fitted.shape, session.image.shape)
+        return self.view(actions.add_click(self.segmenter, session, place, mode))
+
+    def take(self, action: Callable[..., Session]) -> Callable[..., list[Any]]:
+        """Returns a handler that takes an action."""
+        return lambda session, *values: self.view(action(self.segmenter, required(session), *values))
+
+    def remove_object(self, session: Session | None, number: int | None) -> list[Any]:
+        """Removes the object that was clicked on in the table."""
+        return self.view(actions.remove_object(self.segmenter, required(session), number or 0))
+
+    def find_all(self, session: Session | None, *values: float) -> list[Any]:
+        """Finds all objects with the values of the sliders."""
+        settings = settings_of(self.segmenter, values)
+        return self.view(actions.find_all(self.segmenter, required(session), settings))
+
+    def find_again(self, session: Session | None, *values: float) -> list[Any]:
+        """Applies other thresholds to objects that were found from the grid."""
+        session = required(session)
+        if session.search is None or any(found.prompt for found in session.objects):
+            return [gr.skip()] * len(self.views)
+        return self.find_all(session, *values)
+
+    def compare(self, session: Session | None) -> tuple[Session, tuple[Any, Any], str]:
+        """Shows the masks without the adapter beside those with it."""
+        session, before = actions.without_adapter(self.segmenter, required(session))
+        pictures = draw_masks(session, before), draw_masks(session, session.segments)
+        return session, pictures, f"{len(before)} objects before, {len(session.objects)} after."
+
+    def select(self, session: Session | None, event: gr.SelectData) -> tuple[int, gr.Button]:
+        """Says which object the button would remove."""
+        number = event.index[0] + 1
+        return number, gr.Button(f"Remove object {number}", interactive=number <= len(required(session).objects))
+
+    def write(self, session: Session | None) -> gr.Files:
+        """Writes the files to download."""
+        session = required(session)
+        if not session.objects:
+            raise ActionError("There is no object yet: click on one first.")
+        folder = Path(self.blocks.GRADIO_CACHE, secrets.token_hex(16))  # from which `delete_cache` deletes them
+        return gr.Files(
+            [str(path) for path in write_files(session.image, session.name, session.segments, folder)], visible=True
+        )
+
+    def add_api(self) -> None:
+        """An endpoint for programs, whose parts are not shown."""
+        with gr.Row(visible=False):
+            image, points, box, result = gr.File(), gr.JSON(), gr.JSON(), gr.JSON()
+            gr.Button().click(
+                shown_as_message(lambda *values: segment_file(self.segmenter, *values)),
+                [image, points, box],
+                [result],
+                api_name="segment",
+                concurrency_id="model",
+            )

@@ -1,0 +1,146 @@
+"""The model behind the page: one for all users, with and without its adapter."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel, SamProcessor
+
+from checkpoint_tools.staging import SAM_TINY
+from finetuning.automatic import Candidates, choose, find_candidates, scaled_up, stability_scores
+from finetuning.model import load_adapted, load_base
+from finetuning.predictor import EncodedImage, ObjectPrompts, Predictor
+from finetuning.segmentation import DEVICE
+from finetuning.segmentation_settings import SegmentationSettings
+from finetuning.segments import Segment, segment_of
+
+from .zero_gpu import on_gpu
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the model is from.
+
+    Args:
+        base: Folder or Hub id of the base; None for the adapter's, or sam-tiny.
+        revision: Of the base, on the Hub.
+        adapter: Folder or Hub id of an adapter.
+        adapter_revision: Of the adapter, on the Hub.
+    """
+
+    base: str | None = None
+    revision: str | None = None
+    adapter: str | None = None
+    adapter_revision: str | None = None
+
+    def __str__(self) -> str:
+        """A short name."""
+        return " on ".join(name for name in (self.adapter, self.base) if name) or "sam-tiny"
+
+
+class Segmenter:
+    """A model that answers one request at a time, with its adapter or without.
+
+    Embeddings are kept on the CPU: those of all users would not fit on a GPU.
+
+    Args:
+        model: A `PeftModel`, or a model without an adapter.
+        processor: The model's.
+        settings: How to use it.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel | PeftModel, processor: SamProcessor, settings: SegmentationSettings
+    ) -> None:
+        self.model = model
+        self.predictor = Predictor(model, processor)
+        self.settings = settings
+        self.lock = threading.Lock()
+        self._encode = on_gpu(self.run_encoder)
+        self._decode = on_gpu(self.run_decoder)
+        self._find = on_gpu(self.run_grid)
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether there is a before and an after."""
+        return isinstance(self.model, PeftModel)
+
+    @contextmanager
+    def adapter(self, enabled: bool) -> Iterator[None]:
+        """The model with its adapter, or without."""
+        with nullcontext() if enabled or not self.has_adapter else self.model.disable_adapter():
+            yield
+
+    def encode(self, image: np.ndarray, adapted: bool = True) -> EncodedImage:
+        """Runs the vision encoder on an image (H, W, 3) uint8, with the adapter or without."""
+        with self.lock:
+            return self._encode(image, adapted)
+
+    def decode(self, encoded: EncodedImage, prompts: ObjectPrompts, adapted: bool = True) -> list[Segment]:
+        """Returns the masks of one object: the three of SAM's multimask output, and the single one."""
+        with self.lock:
+            return self._decode(encoded, prompts, adapted)
+
+    def find(self, encoded: EncodedImage, settings: SegmentationSettings, adapted: bool = True) -> Candidates:
+        """Returns the masks of a grid of points that are above the thresholds."""
+        with self.lock:
+            return self._find(encoded, settings, adapted)
+
+    def choose(self, candidates: Candidates, settings: SegmentationSettings) -> list[Segment]:
+        """Returns those of the candidates that are above the thresholds, each object once, best rated first."""
+        return scaled_up(self.predictor, candidates, choose(candidates, settings))
+
+    def run_encoder(self, image: np.ndarray, adapted: bool) -> EncodedImage:
+        """`encode`, on the GPU if there is one."""
+        with self.adapter(adapted):
+            return moved(self.predictor.encode(image), "cpu")
+
+    def run_decoder(self, encoded: EncodedImage, prompts: ObjectPrompts, adapted: bool) -> list[Segment]:
+        """`decode`, on the GPU if there is one."""
+        with self.adapter(adapted):
+            here = moved(encoded, self.predictor.model.device)
+            (ratings, logits), (rating, logit) = (self.predictor.decode(here, prompts, many) for many in (True, False))
+        all_logits = torch.cat([logits[0], logit[0]])
+        masks = self.predictor.full_size(here, all_logits)
+        stabilities = stability_scores(self.predictor.without_padding(here, all_logits)).tolist()
+        scores = zip(masks, torch.cat([ratings[0], rating[0]]).tolist(), stabilities, strict=True)
+        return [segment_of(mask, rating, stability) for mask, rating, stability in scores]
+
+    def run_grid(self, encoded: EncodedImage, settings: SegmentationSettings, adapted: bool) -> Candidates:
+        """`find`, on the GPU if there is one."""
+        with self.adapter(adapted):
+            here = moved(encoded, self.predictor.model.device)
+            found = find_candidates(self.predictor, here, settings.grid, settings.min_iou, settings.min_stability)
+        return replace(found, encoded=encoded)
+
+    def default_choice(self, masks: list[Segment], prompts: ObjectPrompts) -> int:
+        """Returns the index of the mask that the settings choose among those of `decode`."""
+        among_three = {"always": True, "never": False, "single-point": prompts.is_single_point}
+        if not among_three[self.settings.multimask]:
+            return len(masks) - 1
+        return int(np.argmax([mask.rating for mask in masks[:-1]]))
+
+
+def moved(encoded: EncodedImage, device: str | torch.device) -> EncodedImage:
+    """Returns an encoded image whose embedding is on `device`."""
+    return replace(encoded, embedding=encoded.embedding.to(device))
+
+
+def load_segmenter(source: Source) -> Segmenter:
+    """Loads model, processor and settings.
+
+    Raises:
+        ValueError: If they cannot be loaded.
+    """
+    if source.adapter:
+        model, processor = load_adapted(source.adapter, source.base, source.revision, source.adapter_revision)
+        settings = SegmentationSettings.load(source.adapter, source.adapter_revision)
+    else:
+        base = source.base or str(SAM_TINY)
+        model, processor = load_base(base, source.revision)
+        settings = SegmentationSettings.load(base, source.revision)
+    return Segmenter(model.eval().to(DEVICE), processor, settings)

@@ -1,0 +1,296 @@
+"""What one user does on the page: an image, clicks, masks. Each action returns a new session.
+
+session = open_image(segmenter, image, "photo.png")
+session = add_click(segmenter, session, (120, 80), "inside")
+session = finish_object(segmenter, session)
+session.segments  # the masks
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from finetuning.automatic import Candidates
+from finetuning.predictor import EncodedImage, ObjectPrompts
+from finetuning.segmentation_settings import SegmentationSettings
+from finetuning.segments import Segment
+
+from .screen import fitted
+from .segmenter import Segmenter
+
+
+class ActionError(ValueError):
+    """An action that is not possible now, and what to do instead."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The clicks on one object, in pixels of the image.
+
+    Args:
+        points: (x, y) of each.
+        labels: Of each: 1 inside of the object, 0 outside.
+        corner: (x, y) of the first corner of a box, whose second one is still to come.
+        box: Left, top, right and bottom.
+    """
+
+    points: tuple[tuple[float, float], ...] = ()
+    labels: tuple[int, ...] = ()
+    corner: tuple[float, float] | None = None
+    box: tuple[float, float, float, float] | None = None
+
+    @property
+    def for_model(self) -> ObjectPrompts | None:
+        """As the model takes it; None if it says nothing yet of what is inside."""
+        if self.box is None and 1 not in self.labels:
+            return None
+        points, labels = ([list(self.points)], [list(self.labels)]) if self.points else (None, None)
+        return ObjectPrompts(points=points, labels=labels, boxes=None if self.box is None else [self.box])
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """An object: its mask, and how it was found.
+
+    Args:
+        segment: The mask.
+        prompt: The clicks on it; None if it was found from the grid.
+        choice: Which of the prompt's masks it is.
+    """
+
+    segment: Segment
+    prompt: Prompt | None = None
+    choice: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Marks:
+    """What an action may change, and what `undo` brings back.
+
+    Args:
+        objects: Those that are finished.
+        prompt: The clicks on the next one.
+        choice: Which of its masks the user has chosen; None for the one that the settings choose.
+    """
+
+    objects: tuple[Found, ...] = ()
+    prompt: Prompt = field(default_factory=Prompt)
+    choice: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class GridSearch:
+    """A search for all objects.
+
+    Args:
+        candidates: Masks above the thresholds of `lowest`.
+        lowest: Settings with which the model has run.
+        settings: Settings with which the objects were chosen among the candidates.
+    """
+
+    candidates: Candidates
+    lowest: SegmentationSettings
+    settings: SegmentationSettings
+
+    def holds(self, settings: SegmentationSettings) -> bool:
+        """Whether all masks that are above other thresholds are among the candidates."""
+        is_stricter = settings.min_iou >= self.lowest.min_iou and settings.min_stability >= self.lowest.min_stability
+        return is_stricter and settings.grid == self.lowest.grid
+
+
+@dataclass(frozen=True, eq=False)
+class Session:
+    """An image and what is marked in it.
+
+    Args:
+        image: (H, W, 3) uint8.
+        name: Its file's name.
+        fitted: The image as large as the page shows it.
+        encoded: What the vision encoder makes of it.
+        marks: What is marked in it.
+        masks: Masks of the current prompt: SAM's three, and the single one.
+        past: Marks before each action.
+        search: The last search for all objects.
+        encoded_before: What the vision encoder makes of the image without the adapter; None until it is asked for.
+    """
+
+    image: np.ndarray
+    name: str
+    fitted: np.ndarray
+    encoded: EncodedImage
+    marks: Marks = field(default_factory=Marks)
+    masks: tuple[Segment, ...] = ()
+    past: tuple[Marks, ...] = ()
+    search: GridSearch | None = None
+    encoded_before: EncodedImage | None = None
+
+    @property
+    def choice(self) -> int:
+        """Index of the current one of `masks`."""
+        return self.marks.choice or 0
+
+    @property
+    def current(self) -> Found | None:
+        """The object that is being clicked on."""
+        return Found(self.masks[self.choice], self.marks.prompt, self.choice) if self.masks else None
+
+    @property
+    def objects(self) -> list[Found]:
+        """All objects, the current one last."""
+        return [*self.marks.objects, *([self.current] if self.current else [])]
+
+    @property
+    def segments(self) -> list[Segment]:
+        """Their masks."""
+        return [found.segment for found in self.objects]
+
+
+def open_image(segmenter: Segmenter, image: np.ndarray, name: str) -> Session:
+    """Encodes an image (H, W, 3) uint8 and starts a session with it."""
+    return Session(image, name, fitted(image), segmenter.encode(image))
+
+
+def add_click(segmenter: Segmenter, session: Session, place: tuple[float, float], mode: str) -> Session:
+    """Adds a point (x, y) to the current object, or a corner of its box.
+
+    Raises:
+        ActionError: If the place is outside of the image, or no corner of a box.
+    """
+    height, width = session.image.shape[:2]
+    x, y = place
+    if not (0 <= x <= width and 0 <= y <= height):
+        raise ActionError(f"({x:g}, {y:g}) is outside of the image of {width} x {height} pixels.")
+    prompt = session.marks.prompt
+    if mode != "box":
+        label = int(mode == "inside")
+        prompt = replace(prompt, points=(*prompt.points, place), labels=(*prompt.labels, label), corner=None)
+    elif prompt.corner is None:
+        prompt = replace(prompt, corner=place)
+    else:
+        (left, right), (top, bottom) = map(sorted, zip(prompt.corner, place, strict=True))
+        if left == right or top == bottom:
+            raise ActionError("Both corners are on one line: click on the opposite corner of the box.")
+        prompt = replace(prompt, corner=None, box=(left, top, right, bottom))
+    return marked(segmenter, session, prompt=prompt, choice=None)
+
+
+def choose_mask(segmenter: Segmenter, session: Session, choice: int) -> Session:
+    """Takes another mask of the current prompt.
+
+    Raises:
+        ActionError: If there is none.
+    """
+    if not 0 <= choice < len(session.masks):
+        raise ActionError("There is no mask to choose: click on an object first.")
+    return session if choice == session.choice else marked(segmenter, session, choice=choice)
+
+
+def finish_object(segmenter: Segmenter, session: Session) -> Session:
+    """Keeps the current mask, and starts the next object.
+
+    Raises:
+        ActionError: If there is no mask.
+    """
+    if session.current is None or not session.current.segment.area:
+        raise ActionError("There is no mask to keep: click on an object first.")
+    return marked(segmenter, session, objects=tuple(session.objects), prompt=Prompt(), choice=None)
+
+
+def remove_object(segmenter: Segmenter, session: Session, number: int) -> Session:
+    """Removes object `number`, from 1.
+
+    Raises:
+        ActionError: If there is no such object.
+    """
+    objects = session.marks.objects
+    if not 1 <= number <= len(session.objects):
+        raise ActionError(f"There is no object {number} to remove: choose one of the table.")
+    if number > len(objects):
+        return marked(segmenter, session, prompt=Prompt(), choice=None)
+    return marked(segmenter, session, objects=(*objects[: number - 1], *objects[number:]))
+
+
+def clear(segmenter: Segmenter, session: Session) -> Session:
+    """Removes all objects and clicks."""
+    return marked(segmenter, session, objects=(), prompt=Prompt(), choice=None)
+
+
+def undo(segmenter: Segmenter, session: Session) -> Session:
+    """Takes back the last action.
+
+    Raises:
+        ActionError: If there is none.
+    """
+    if not session.past:
+        raise ActionError("There is nothing to undo.")
+    *past, marks = session.past
+    return with_masks(segmenter, replace(session, marks=marks, past=tuple(past)))
+
+
+def find_all(segmenter: Segmenter, session: Session, settings: SegmentationSettings) -> Session:
+    """Replaces all objects by those that a grid of points finds.
+
+    The model does not run again if it has found all masks that are above the thresholds before.
+
+    Raises:
+        ActionError: If no mask is above the thresholds.
+    """
+    search = session.search
+    if search is None or not search.holds(settings):
+        search = GridSearch(segmenter.find(session.encoded, settings), settings, settings)
+    segments = segmenter.choose(search.candidates, settings)
+    if not segments:
+        raise ActionError(nothing_found(search.candidates, settings))
+    session = replace(session, search=replace(search, settings=settings))
+    return marked(
+        segmenter, session, objects=tuple(Found(segment) for segment in segments), prompt=Prompt(), choice=None
+    )
+
+
+def nothing_found(candidates: Candidates, settings: SegmentationSettings) -> str:
+    """Says which threshold no mask passes."""
+    if candidates.best_rating < settings.min_iou:
+        return (
+            f"No mask is rated {settings.min_iou:g} or higher; the best is rated {candidates.best_rating:.2f}. "
+            "Lower the rating, or train the model for such images."
+        )
+    return (
+        f"No mask with a sufficient rating has a stability of {settings.min_stability:g}; the highest is "
+        f"{candidates.best_stability:.2f}. Lower the stability."
+    )
+
+
+def without_adapter(segmenter: Segmenter, session: Session) -> tuple[Session, list[Segment]]:
+    """Returns what the base model makes of the same prompts and, if objects were found from a grid, of this grid.
+
+    Returns:
+        The session, which keeps the encoded image, and the masks.
+    """
+    encoded = session.encoded_before or segmenter.encode(session.image, adapted=False)
+    segments: list[Segment] = []
+    if session.search and any(found.prompt is None for found in session.objects):
+        settings = session.search.settings
+        segments += segmenter.choose(segmenter.find(encoded, settings, adapted=False), settings)
+    for found in session.objects:
+        prompts = found.prompt and found.prompt.for_model
+        if prompts:
+            segments.append(segmenter.decode(encoded, prompts, adapted=False)[found.choice])
+    return replace(session, encoded_before=encoded), segments
+
+
+def marked(segmenter: Segmenter, session: Session, **changes: Any) -> Session:
+    """Returns the session with other marks, after which `undo` brings back the present ones."""
+    past = (*session.past, session.marks)
+    return with_masks(segmenter, replace(session, marks=replace(session.marks, **changes), past=past))
+
+
+def with_masks(segmenter: Segmenter, session: Session) -> Session:
+    """Returns the session with the masks of its prompt."""
+    prompts = session.marks.prompt.for_model
+    if prompts is None:
+        return replace(session, masks=())
+    masks = segmenter.decode(session.encoded, prompts)
+    choice = session.marks.choice
+    choice = segmenter.default_choice(masks, prompts) if choice is None else choice
+    return replace(session, masks=tuple(masks), marks=replace(session.marks, choice=choice))
