@@ -10,14 +10,14 @@ from pathlib import Path
 
 from transformers.utils import logging
 
-from webapp.segmenter import Source
+from webapp.model import ModelSource
 from webapp.serving import AppError, serve
 
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_args(arguments)
     try:
-        serve(Source(args.base, args.revision, args.adapter), args.images, args.port)
+        serve(ModelSource(args.base, args.revision, args.adapter), args.images, args.port)
     except AppError as error:
         sys.exit(str(error))
 

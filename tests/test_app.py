@@ -1,15 +1,14 @@
-"""The actions of the page, without a browser: what a user clicks on, and what comes of it."""
+"""The page of `app.py` without a browser: what a user does, and what comes of it."""
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
+from dataclasses import replace
 
 import gradio as gr
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from PIL import Image
-from peft import LoraConfig, PeftModel, get_peft_model
 from pycocotools import mask as coco_mask
 from transformers import AutoProcessor, SamModel
 
@@ -17,58 +16,262 @@ from checkpoint_tools.staging import ROOT, SAM_TINY, split_class
 from finetuning.segmentation_settings import SegmentationSettings
 from webapp import session as actions
 from webapp.downloads import write_files
-from webapp.drawing import draw
-from webapp.handlers import open_file, required, segment_file, shown_as_message, table_of
-from webapp.screen import place_in_image
-from webapp.segmenter import Segmenter, Source, load_segmenter
+from webapp.drawing import draw, draw_masks
+from webapp.handlers import choices_of, required, segment_file, settings_of, shown_as_message, status_of, table_of
+from webapp.model import SharedModel
+from webapp.open_image import MAX_PIXELS, OpenImage, open_file
+from webapp.screen import LONG_SIDE, place_in_image
 from webapp.session import ActionError, Session
 
 
 COINS = ROOT / "docs" / "images" / "coins.png"
-COIN = (335.5, 43.5)
-SETTINGS = SegmentationSettings(min_iou=0.4, min_stability=0.6, grid=6)
+COIN, OTHER_COIN = (335.5, 43.5), (277.5, 53.5)
+SETTINGS = SegmentationSettings(min_iou=0.3, min_stability=0.3, grid=5)
 
 
 @pytest.fixture(scope="module")
-def segmenter() -> Segmenter:
+def model() -> SharedModel:
     """With an adapter that changes the masks."""
     torch.manual_seed(0)
     config = LoraConfig(r=4, target_modules=["q", "v"], init_lora_weights=False, task_type="FEATURE_EXTRACTION")
-    model = get_peft_model(split_class().from_pretrained(SAM_TINY), config).eval()
-    return Segmenter(model, AutoProcessor.from_pretrained(SAM_TINY), SETTINGS)
+    adapted = get_peft_model(split_class().from_pretrained(SAM_TINY), config).eval()
+    return SharedModel(adapted, AutoProcessor.from_pretrained(SAM_TINY), SETTINGS)
 
 
 @pytest.fixture(scope="module")
-def opened(segmenter: Segmenter) -> Session:
-    return open_file(segmenter, COINS)
+def coins(model: SharedModel) -> Session:
+    return Session(open_file(model, COINS))
 
 
-def stock_masks(model: SamModel, **prompts) -> list[np.ndarray]:
-    """SAM's three masks and the single one, as transformers' own documentation makes them."""
+@pytest.fixture(scope="module")
+def stock() -> SamModel:
+    return SamModel.from_pretrained(SAM_TINY).eval()
+
+
+def masks_of(stock: SamModel, pixels: np.ndarray, multimask: bool, **prompts) -> np.ndarray:
+    """As the documentation of transformers makes them."""
     processor = AutoProcessor.from_pretrained(SAM_TINY)
-    inputs = processor(Image.open(COINS).convert("RGB"), return_tensors="pt", **prompts)
-    sizes = inputs["original_sizes"], inputs["reshaped_input_sizes"]
+    inputs = processor(Image.fromarray(pixels), return_tensors="pt", **prompts)
+    sizes = [inputs.pop(name) for name in ("original_sizes", "reshaped_input_sizes")]
     inputs = {name: value.float() if value.is_floating_point() else value for name, value in inputs.items()}
-    masks = []
-    for multimask in (True, False):
-        with torch.no_grad():
-            outputs = model(
-                **{k: v for k, v in inputs.items() if not k.endswith("sizes")}, multimask_output=multimask
-            )
-        masks += [*processor.post_process_masks(outputs.pred_masks, *sizes)[0][0].numpy()]
-    return masks
+    with torch.no_grad():
+        outputs = stock(**inputs, multimask_output=multimask)
+    return processor.post_process_masks(outputs.pred_masks, *sizes)[0][0].numpy()
 
 
-def assert_masks(session: Session, expected: list[np.ndarray]) -> None:
-    assert len(session.masks) == len(expected) == 4
-    for segment, mask in zip(session.masks, expected, strict=True):
-        assert np.mean(segment.full(mask.shape) != mask) < 1e-4, "but for pixels at the threshold"
+def assert_same_masks(segments, expected: np.ndarray) -> None:
+    assert len(segments) == len(expected)
+    for segment, mask in zip(segments, expected, strict=True):
+        assert mask.any()
+        assert np.mean(segment.full(mask.shape) != mask) < 1e-4  # but for pixels at the threshold
 
 
-def merged_stock(segmenter: Segmenter) -> SamModel:
-    state = get_state(segmenter)
+def test_a_click_gives_the_masks_of_stock_sam_with_and_without_the_adapter(model, coins, stock):
+    session = actions.add_click(coins, COIN, "inside")
+    session = actions.add_click(session, OTHER_COIN, "outside")
+    prompts = {"input_points": [[[*map(list, (COIN, OTHER_COIN))]]], "input_labels": [[[1, 0]]]}
+    without = session.image.masks(session.marks.prompt.prompted, adapted=False)
+    merged = SamModel(stock.config)
+    copy = split_class().from_pretrained(SAM_TINY)
+    copy.load_state_dict(merged_weights(model))
+    merged = copy.to_sam().eval()
+    for masks, oracle in ((without, stock), (session.masks, merged)):
+        for part, multimask in ((masks[:3], True), (masks[3:], False)):
+            assert_same_masks(part, masks_of(oracle, session.image.pixels, multimask, **prompts))
+    assert (without[3].full((303, 384)) != session.masks[3].full((303, 384))).mean() > 0.001, (
+        "the adapter does nothing"
+    )
+
+
+def merged_weights(model: SharedModel) -> dict[str, torch.Tensor]:
+    """Those of the base with the adapter added to them, by its definition: W + B A alpha / r."""
+    peft = model.model
+    state = {
+        name.replace(".base_layer", ""): value.clone()
+        for name, value in peft.get_base_model().state_dict().items()
+        if "lora_" not in name
+    }
+    config = peft.peft_config["default"]
+    lora = {name: value for name, value in peft.get_base_model().state_dict().items() if "lora_" in name}
+    for name, down in lora.items():
+        if ".lora_A." in name:
+            up = lora[name.replace("lora_A", "lora_B")]
+            state[name.split(".lora_A.")[0] + ".weight"] += up @ down * config.lora_alpha / config.r
     return state
 
 
-def get_state(segmenter: Segmenter) -> SamModel:
-    raise NotImplementedError
+def test_two_clicks_make_a_box(coins, stock):
+    session = actions.add_click(coins, (362, 70), "box")
+    assert "opposite corner" in status_of(session)
+    assert not session.masks
+    session = actions.add_click(session, (310, 18), "box")  # from the lower right to the upper left
+    prompt = session.marks.prompt
+    assert (prompt.box, prompt.corner) == ((310, 18, 362, 70), None)
+    assert session.choice == 3, "a box means one object"
+    expected = masks_of(stock, session.image.pixels, False, input_boxes=[[[310, 18, 362, 70]]])
+    assert_same_masks(session.image.masks(prompt.prompted, adapted=False)[3:], expected)
+
+
+def test_objects_are_kept_chosen_removed_and_brought_back(coins):
+    first = actions.add_click(coins, COIN, "inside")
+    assert [label for label, _ in choices_of(first)] == [
+        f"{name} · {mask.rating:.2f}" for name, mask in zip(["A", "B", "C", "single"], first.masks, strict=True)
+    ]
+    assert first.choice == np.argmax([mask.rating for mask in first.masks[:3]])
+    other = actions.choose_mask(first, 3)
+    assert other.segments == [other.masks[3]]
+    both = actions.add_click(actions.finish_object(other), OTHER_COIN, "inside")
+    assert [row[:2] for row in table_of(both)] == [[1, other.masks[3].area], [2, both.current.segment.area]]
+    assert actions.remove_object(both, 1).segments == [*map(equal, both.segments[1:])]
+    assert len(actions.remove_object(both, 2).segments) == 1
+    assert not actions.clear(both).segments
+    session = actions.clear(both)
+    for expected in (both, actions.finish_object(other), other, first, coins):
+        session = actions.undo(session)
+        assert session.marks == expected.marks or session.marks.prompt == expected.marks.prompt
+        assert [s.area for s in session.segments] == [s.area for s in expected.segments]
+    with pytest.raises(ActionError, match="nothing to undo"):
+        actions.undo(session)
+
+
+class equal:
+    """Equals segments with the same mask."""
+
+    def __init__(self, segment):
+        self.segment = segment
+
+    def __eq__(self, other):
+        return self.segment.box == other.box and np.array_equal(self.segment.crop, other.crop)
+
+
+@pytest.mark.parametrize(
+    ("action", "message"),
+    [
+        (lambda session: actions.add_click(session, (400, 10), "inside"), "outside of the image of 384 x 303"),
+        (lambda session: actions.finish_object(session), "no mask to keep"),
+        (lambda session: actions.choose_mask(session, 0), "no mask to choose"),
+        (lambda session: actions.remove_object(session, 1), "no object 1"),
+        (lambda session: actions.find_all(session, replace(SETTINGS, min_iou=1.0)), "rated 1 or higher; the best is"),
+        (
+            lambda session: actions.find_all(session, replace(SETTINGS, min_stability=1.0)),
+            "a stability of 1; the high",
+        ),
+        (lambda session: [session := actions.add_click(session, (9, 9), "box") for _ in "ab"], "on one line"),
+    ],
+)
+def test_what_is_not_possible_is_said(coins, action, message):
+    with pytest.raises(ActionError, match=message):
+        action(coins)
+
+
+def test_the_grid_finds_objects_and_thresholds_apply_without_another_run(coins, monkeypatch):
+    found = actions.find_all(coins, SETTINGS)
+    assert len(found.segments) > 1
+    monkeypatch.setattr(OpenImage, "candidates", lambda *args, **kwargs: pytest.fail("the model runs again"))
+    ratings = sorted(segment.rating for segment in found.segments)
+    stricter = actions.find_all(found, replace(SETTINGS, min_iou=ratings[-1]))
+    assert [segment.rating for segment in stricter.segments] == [ratings[-1]]
+    assert len(actions.find_all(stricter, SETTINGS).segments) == len(found.segments)
+
+
+def test_before_and_after_differ_by_the_adapter_alone(model, coins):
+    session = actions.find_all(coins, SETTINGS)
+    session = actions.finish_object(actions.add_click(session, COIN, "inside"))
+    base = SharedModel(split_class().from_pretrained(SAM_TINY).eval(), model.predictor.processor, SETTINGS)
+    alone = actions.find_all(Session(open_file(base, COINS)), SETTINGS)
+    clicked = actions.add_click(alone, COIN, "inside").masks[session.marks.objects[-1].choice]
+    assert actions.without_adapter(session) == [*map(equal, [*alone.segments, clicked])]
+    again = actions.add_click(coins, COIN, "inside")
+    assert again.masks[0].rating == actions.add_click(Session(open_file(model, COINS)), COIN, "inside").masks[0].rating
+
+
+def test_a_large_image_is_segmented_in_the_tile_around_the_click(model, stock):
+    pixels = np.tile(np.asarray(Image.open(COINS).convert("RGB")), (2, 2, 1))
+    tiled = SharedModel(model.model, model.predictor.processor, replace(SETTINGS, tile=303, overlap=0.25))
+    session = Session(OpenImage(tiled, pixels, "large.png"))
+    session = actions.add_click(session, (384 + 335.5, 303 + 43.5), "inside")
+    (window,) = {key[:4] for key in session.image._encoded}
+    top, bottom, left, right = window
+    assert (bottom - top, right - left) == (303, 303)
+    point = [384 + 335.5 - left, 303 + 43.5 - top]
+    expected = masks_of(stock, pixels[top:bottom, left:right], True, input_points=[[[point]]])
+    masks = session.image.masks(session.marks.prompt.prompted, adapted=False)[:3]
+    assert_same_masks(masks, np.pad(expected, ((0, 0), (top, 606 - bottom), (left, 768 - right))))
+
+
+def test_clicks_on_the_scaled_picture_are_places_in_the_image(coins):
+    assert max(coins.image.fitted.shape) == LONG_SIDE
+    scale = LONG_SIDE / 384
+    x, y = place_in_image((round(100 * scale), round(50 * scale)), coins.image.fitted.shape, coins.image.size)
+    assert (x, y) == pytest.approx((100, 50), abs=0.5)
+    session = actions.add_click(coins, COIN, "inside")
+    changed = np.any(draw_masks(session.image, session.segments) != session.image.fitted, -1)
+    mask = Image.fromarray(session.segments[0].full((303, 384)))
+    assert np.mean(changed != np.asarray(mask.resize(changed.shape[::-1], Image.Resampling.NEAREST))) < 0.01
+    assert np.any(draw(session) != draw_masks(session.image, session.segments), "the click")
+
+
+def test_files_to_download_hold_the_same_masks(coins, tmp_path):
+    session = actions.finish_object(actions.add_click(coins, COIN, "inside"))
+    session = actions.add_click(session, (40, 260), "inside")
+    overlay, labels, annotations = write_files(session, tmp_path / "files")
+    numbers = np.asarray(Image.open(labels))
+    assert Image.open(overlay).size == (384, 303)
+    content = json.loads(annotations.read_text())
+    for number, (segment, entry) in enumerate(zip(session.segments, content["annotations"], strict=True), start=1):
+        mask = segment.full((303, 384))
+        np.testing.assert_array_equal(coco_mask.decode(entry["segmentation"]), mask)
+        assert (numbers[mask] == number).mean() > 0.5
+
+
+def test_programs_get_coco_annotations(model):
+    entries = segment_file(model, str(COINS), [[*COIN, 1], [*OTHER_COIN, 0]], None)["annotations"]
+    session = actions.add_click(Session(open_file(model, COINS)), COIN, "inside")
+    session = actions.add_click(session, OTHER_COIN, "outside")
+    assert [entry["area"] for entry in entries] == [session.segments[0].area]
+    assert len(segment_file(model, str(COINS), None, None)["annotations"]) > 1
+    for points, box in (([[1, 2]], None), ("text", None), (None, [1, 2, 3]), ([[1, 2, "x"]], None)):
+        with pytest.raises(ValueError, match=r"(points|box): expected [34] numbers each"):
+            segment_file(model, str(COINS), points, box)
+
+
+def test_16_bits_and_turned_images_are_read_as_segment_reads_them(model, tmp_path):
+    grey = np.asarray(Image.open(COINS)).astype(np.uint16)
+    Image.fromarray(grey * 64 + 500).save(tmp_path / "deep.png")
+    photo = Image.open(COINS).convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    photo.save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    deep = open_file(model, tmp_path / "deep.png").pixels.astype(int)
+    assert np.abs(np.diff(deep[..., 0] - grey / grey.max() * 255)).max() < 60
+    assert deep.max() == 255
+    assert open_file(model, tmp_path / "turned.jpg").size == (384, 303)
+
+
+def test_files_that_are_no_images_or_too_large_are_named(model, tmp_path):
+    (tmp_path / "text.png").write_text("text")
+    Image.new("1", (MAX_PIXELS // 5000 + 1, 5000)).save(tmp_path / "large.png")
+    for name in ("text.png", "large.png"):
+        with pytest.raises(ValueError, match=rf"^{name}\b") as error:
+            open_file(model, tmp_path / name)
+        assert str(tmp_path) not in str(error.value)
+
+
+def test_errors_are_messages_without_html(capsys):
+    def fail() -> None:
+        raise ValueError("<img src=x>: no image")
+
+    with pytest.raises(gr.Error) as error:
+        shown_as_message(fail)()
+    assert error.value.message == "&lt;img src=x&gt;: no image"
+    assert not error.value.print_exception
+    with pytest.raises(gr.Error, match="ZeroDivisionError: the server's log"):
+        shown_as_message(lambda: 1 / 0)()
+    with pytest.raises(ActionError, match="No image is open"):
+        required(None)
+
+
+def test_sliders_change_the_settings_of_the_weights(model):
+    assert settings_of(model, (0.5, 0.6, 0.7, 8.0)) == replace(
+        SETTINGS, min_iou=0.5, min_stability=0.6, max_overlap=0.7, grid=8
+    )

@@ -5,49 +5,49 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
-from finetuning.pictures import overlay
+from finetuning.overlays import draw_prompts, draw_segments
+from finetuning.segmenter import PromptedObject
 from finetuning.segments import Segment
 
-from .screen import fitted_mask
+from .open_image import OpenImage
+from .screen import fitted_segment
 from .session import Prompt, Session
-
-
-INSIDE, OUTSIDE, BOX = "#0072b2", "#d55e00", "#ffffff"  # of Okabe and Ito: distinct for the colour-blind
 
 
 def draw(session: Session) -> np.ndarray:
     """Returns the fitted image with all masks, and the clicks on the current object."""
-    picture = Image.fromarray(draw_masks(session, session.segments))
-    draw_prompt(picture, session.marks.prompt, picture.width / session.image.shape[1])
-    return np.asarray(picture)
+    picture = draw_masks(session.image, session.segments)
+    prompt = scaled(session.marks.prompt, picture.shape[1] / session.image.size[1])
+    if prompt.points or prompt.box:
+        picture = draw_prompts(picture, [PromptedObject(prompt.points, list(prompt.labels), prompt.box)])
+    return draw_corner(picture, prompt.corner) if prompt.corner else picture
 
 
-def draw_masks(session: Session, segments: Sequence[Segment]) -> np.ndarray:
+def draw_masks(image: OpenImage, segments: Sequence[Segment]) -> np.ndarray:
     """Returns the fitted image with masks."""
-    shape = session.fitted.shape[:2]
-    masks = [fitted_mask(segment, session.image.shape[:2], shape) for segment in segments]
-    return overlay(session.fitted, np.reshape(masks, (len(masks), *shape)).astype(bool))
+    shape = image.fitted.shape[:2]
+    return draw_segments(image.fitted, [fitted_segment(segment, image.size, shape) for segment in segments])
 
 
-def draw_prompt(picture: Image.Image, prompt: Prompt, scale: float) -> None:
-    """Draws points as discs with a plus or a minus, a box, and the corner of a box to come."""
-    pen = ImageDraw.Draw(picture)
-    if prompt.box:
-        box = [edge * scale for edge in prompt.box]
-        pen.rectangle(box, outline="black", width=5)
-        pen.rectangle([box[0] + 1, box[1] + 1, box[2] - 1, box[3] - 1], outline=BOX, width=3)
-    for (x, y), label in zip(prompt.points, prompt.labels, strict=True):
-        draw_point(pen, x * scale, y * scale, label)
-    if prompt.corner:
-        x, y = (edge * scale for edge in prompt.corner)
-        for width, colour in ((7, "black"), (3, BOX)):
-            pen.line([x - 14, y, x + 14, y], fill=colour, width=width)
-            pen.line([x, y - 14, x, y + 14], fill=colour, width=width)
+def scaled(prompt: Prompt, scale: float) -> Prompt:
+    """Returns a prompt in pixels of the fitted image."""
+
+    def places(numbers: Sequence[float]) -> tuple:
+        return tuple(number * scale for number in numbers)
+
+    return Prompt(
+        tuple(map(places, prompt.points)),
+        prompt.labels,
+        prompt.corner and places(prompt.corner),
+        prompt.box and places(prompt.box),
+    )
 
 
-def draw_point(pen: ImageDraw.ImageDraw, x: float, y: float, label: int) -> None:
-    """Draws a disc with a plus (inside) or a minus (outside)."""
-    pen.ellipse([x - 11, y - 11, x + 11, y + 11], fill=INSIDE if label else OUTSIDE, outline="white", width=2)
-    pen.line([x - 5, y, x + 5, y], fill="white", width=3)
-    if label:
-        pen.line([x, y - 5, x, y + 5], fill="white", width=3)
+def draw_corner(picture: np.ndarray, corner: tuple[float, float]) -> np.ndarray:
+    """Returns a picture with a cross at the corner of a box to come."""
+    image = Image.fromarray(picture)
+    pen, (x, y) = ImageDraw.Draw(image), corner
+    for width, colour in ((7, "black"), (3, "white")):
+        pen.line([x - 14, y, x + 14, y], fill=colour, width=width)
+        pen.line([x, y - 14, x, y + 14], fill=colour, width=width)
+    return np.asarray(image)

@@ -9,16 +9,13 @@ from typing import Any
 
 import gradio as gr
 
-from finetuning.images import read_image
 from finetuning.segmentation_settings import SegmentationSettings
 
 from . import session as actions
-from .downloads import coco_of
-from .segmenter import Segmenter
+from .downloads import annotations_of
+from .model import SharedModel
+from .open_image import open_file
 from .session import ActionError, Session
-
-
-MAX_PIXELS = 50_000_000
 
 
 def shown_as_message(handler: Callable[..., Any]) -> Callable[..., Any]:
@@ -38,27 +35,8 @@ def shown_as_message(handler: Callable[..., Any]) -> Callable[..., Any]:
     return safe
 
 
-def open_file(segmenter: Segmenter, path: Path) -> Session:
-    """Opens an image file, as `segment.py` does.
-
-    Raises:
-        ValueError: If it cannot be read, or is too large.
-    """
-    try:
-        image = read_image(path)
-    except ValueError as error:
-        raise ValueError(str(error).replace(str(path), path.name)) from error  # users know only the name
-    height, width = image.shape[:2]
-    if height * width > MAX_PIXELS:
-        raise ValueError(
-            f"{path.name} has {height * width / 1e6:.0f} megapixels; expected at most {MAX_PIXELS / 1e6:.0f}: scale "
-            "it down, or use segment.py."
-        )
-    return actions.open_image(segmenter, image, path.name)
-
-
 def segment_file(
-    segmenter: Segmenter,
+    model: SharedModel,
     path: str | None,
     points: list[list[float]] | None,
     box: list[float] | None,
@@ -66,7 +44,7 @@ def segment_file(
     """Segments one object, or all without points and a box.
 
     Args:
-        segmenter: The model.
+        model: The model.
         path: An uploaded image.
         points: (x, y, label) of each, label 1 inside of the object and 0 outside.
         box: Left, top, right and bottom.
@@ -79,15 +57,15 @@ def segment_file(
     """
     if path is None:
         raise ValueError("image: expected a file.")
-    session = open_file(segmenter, Path(path))
+    session = Session(open_file(model, Path(path)))
     for x, y, label in checked(points or [], 3, "points"):
-        session = actions.add_click(segmenter, session, (x, y), "inside" if label else "outside")
+        session = actions.add_click(session, (x, y), "inside" if label else "outside")
     for left, top, right, bottom in checked([box] if box else [], 4, "box"):
         for corner in ((left, top), (right, bottom)):
-            session = actions.add_click(segmenter, session, corner, "box")
+            session = actions.add_click(session, corner, "box")
     if not points and not box:
-        session = actions.find_all(segmenter, session, segmenter.settings)
-    return coco_of(session.segments, session.image.shape[:2], session.name)
+        session = actions.find_all(session, model.settings)
+    return annotations_of(session).content
 
 
 def checked(rows: Any, length: int, name: str) -> list[list[float]]:
@@ -116,12 +94,10 @@ def required(session: Session | None) -> Session:
     return session
 
 
-def settings_of(segmenter: Segmenter, values: Sequence[float]) -> SegmentationSettings:
+def settings_of(model: SharedModel, values: Sequence[float]) -> SegmentationSettings:
     """Returns the settings with the values of the sliders: rating, stability, overlap and grid."""
     min_iou, min_stability, max_overlap, grid = values
-    return segmenter.settings.but(
-        min_iou=min_iou, min_stability=min_stability, max_overlap=max_overlap, grid=int(grid)
-    )
+    return model.settings.but(min_iou=min_iou, min_stability=min_stability, max_overlap=max_overlap, grid=int(grid))
 
 
 def table_of(session: Session) -> list[list[Any]]:
@@ -129,7 +105,7 @@ def table_of(session: Session) -> list[list[Any]]:
     rows = []
     for number, segment in enumerate(session.segments, start=1):
         left, top, right, bottom = segment.box
-        box = f"{left}, {top}: {right - left} × {bottom - top}"
+        box = f"{left}, {top}: {right - left} x {bottom - top}"
         rows.append([number, segment.area, box, f"{segment.rating:.2f}", f"{segment.stability:.2f}"])
     return rows
 

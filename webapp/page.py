@@ -14,7 +14,6 @@ from .downloads import write_files
 from .drawing import draw, draw_masks
 from .handlers import (
     choices_of,
-    open_file,
     required,
     segment_file,
     settings_of,
@@ -22,8 +21,9 @@ from .handlers import (
     status_of,
     table_of,
 )
+from .model import SharedModel
+from .open_image import open_file
 from .screen import place_in_image
-from .segmenter import Segmenter
 from .session import ActionError, Session
 
 
@@ -53,13 +53,13 @@ class Page:
     """The page of one model.
 
     Args:
-        segmenter: The model.
+        model: The model.
         images: Images to choose from, by name; the first is open at the start.
         about: What the page says of the model, Markdown.
     """
 
-    def __init__(self, segmenter: Segmenter, images: Mapping[str, Path], about: str) -> None:
-        self.segmenter, self.images = segmenter, images
+    def __init__(self, model: SharedModel, images: Mapping[str, Path], about: str) -> None:
+        self.model, self.images = model, images
         with gr.Blocks(
             title="Segment Anything", analytics_enabled=False, delete_cache=(600, SECONDS_TO_KEEP)
         ) as self.blocks:
@@ -88,7 +88,7 @@ class Page:
                     elem_id="picture",
                     alt_text="The image, with the masks and the clicks so far",
                 )
-            with gr.Tab("Before and after", id="comparison", visible=self.segmenter.has_adapter) as self.comparison:
+            with gr.Tab("Before and after", id="comparison", visible=self.model.has_adapter) as self.comparison:
                 self.slider = gr.ImageSlider(
                     label="Left: without the adapter. Right: with it.", interactive=False, buttons=["fullscreen"]
                 )
@@ -125,7 +125,7 @@ class Page:
 
     def add_sliders(self) -> None:
         """Thresholds, at first those that the weights come with."""
-        settings = self.segmenter.settings
+        settings = self.model.settings
         thresholds = [
             ("Lowest predicted IoU", settings.min_iou),
             ("Lowest stability", settings.min_stability),
@@ -149,7 +149,7 @@ class Page:
         self.on(self.find.click, self.find_all, [self.session, *self.sliders])
         for slider in self.sliders[:3]:
             self.on(slider.release, self.find_again, [self.session, *self.sliders])
-        compare = [self.session, self.slider, self.difference]
+        compare = [self.slider, self.difference]
         self.on(self.comparison.select, self.compare, [self.session], compare)
         self.on(self.save.click, self.write, [self.session], [self.files])
         self.on(self.table.select, self.select, [self.session], [self.selected, self.remove])
@@ -194,33 +194,33 @@ class Page:
 
     def open_named(self, name: str) -> list[Any]:
         """Opens one of the images."""
-        return self.view(open_file(self.segmenter, self.images[name]))
+        return self.view(Session(open_file(self.model, self.images[name])))
 
     def open_upload(self, path: str) -> list[Any]:
         """Opens the user's own image, and deletes its file."""
         try:
-            return self.view(open_file(self.segmenter, Path(path)))
+            return self.view(Session(open_file(self.model, Path(path))))
         finally:
             Path(path).unlink(missing_ok=True)  # the session has its pixels
 
     def click(self, session: Session | None, mode: str, event: gr.SelectData) -> list[Any]:
         """Adds a click on the picture."""
         session = required(session)
-        place = place_in_image(event.index, session.fitted.shape, session.image.shape)
-        return self.view(actions.add_click(self.segmenter, session, place, mode))
+        place = place_in_image(event.index, session.image.fitted.shape, session.image.size)
+        return self.view(actions.add_click(session, place, mode))
 
     def take(self, action: Callable[..., Session]) -> Callable[..., list[Any]]:
         """Returns a handler that takes an action."""
-        return lambda session, *values: self.view(action(self.segmenter, required(session), *values))
+        return lambda session, *values: self.view(action(required(session), *values))
 
     def remove_object(self, session: Session | None, number: int | None) -> list[Any]:
         """Removes the object that was clicked on in the table."""
-        return self.view(actions.remove_object(self.segmenter, required(session), number or 0))
+        return self.view(actions.remove_object(required(session), number or 0))
 
     def find_all(self, session: Session | None, *values: float) -> list[Any]:
         """Finds all objects with the values of the sliders."""
-        settings = settings_of(self.segmenter, values)
-        return self.view(actions.find_all(self.segmenter, required(session), settings))
+        settings = settings_of(self.model, values)
+        return self.view(actions.find_all(required(session), settings))
 
     def find_again(self, session: Session | None, *values: float) -> list[Any]:
         """Applies other thresholds to objects that were found from the grid."""
@@ -229,11 +229,12 @@ class Page:
             return [gr.skip()] * len(self.views)
         return self.find_all(session, *values)
 
-    def compare(self, session: Session | None) -> tuple[Session, tuple[Any, Any], str]:
+    def compare(self, session: Session | None) -> tuple[tuple[Any, Any], str]:
         """Shows the masks without the adapter beside those with it."""
-        session, before = actions.without_adapter(self.segmenter, required(session))
-        pictures = draw_masks(session, before), draw_masks(session, session.segments)
-        return session, pictures, f"{len(before)} objects before, {len(session.objects)} after."
+        session = required(session)
+        before = actions.without_adapter(session)
+        pictures = draw_masks(session.image, before), draw_masks(session.image, session.segments)
+        return pictures, f"{len(before)} objects before, {len(session.objects)} after."
 
     def select(self, session: Session | None, event: gr.SelectData) -> tuple[int, gr.Button]:
         """Says which object the button would remove."""
@@ -246,16 +247,14 @@ class Page:
         if not session.objects:
             raise ActionError("There is no object yet: click on one first.")
         folder = Path(self.blocks.GRADIO_CACHE, secrets.token_hex(16))  # from which `delete_cache` deletes them
-        return gr.Files(
-            [str(path) for path in write_files(session.image, session.name, session.segments, folder)], visible=True
-        )
+        return gr.Files([str(path) for path in write_files(session, folder)], visible=True)
 
     def add_api(self) -> None:
         """An endpoint for programs, whose parts are not shown."""
         with gr.Row(visible=False):
             image, points, box, result = gr.File(), gr.JSON(), gr.JSON(), gr.JSON()
             gr.Button().click(
-                shown_as_message(lambda *values: segment_file(self.segmenter, *values)),
+                shown_as_message(lambda *values: segment_file(self.model, *values)),
                 [image, points, box],
                 [result],
                 api_name="segment",

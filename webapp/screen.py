@@ -22,11 +22,14 @@ def place_in_image(place: tuple[int, int], shown: tuple[int, ...], size: tuple[i
     return (place[0] + 0.5) * size[1] / shown[1], (place[1] + 0.5) * size[0] / shown[0]
 
 
-def fitted_mask(segment: Segment, size: tuple[int, int], new_size: tuple[int, int]) -> np.ndarray:
-    """Returns the mask (H, W) in an image that was scaled from `size` to `new_size`."""
+def fitted_segment(segment: Segment, size: tuple[int, int], new_size: tuple[int, int]) -> Segment:
+    """Returns a segment in an image that was scaled from `size` to `new_size`."""
     rows, columns = (((np.arange(new) + 0.5) * old / new).astype(int) for old, new in zip(size, new_size, strict=True))
     left, top, right, bottom = segment.box
-    in_rows, in_columns = (rows >= top) & (rows < bottom), (columns >= left) & (columns < right)
-    mask = np.zeros(new_size, dtype=bool)
-    mask[np.ix_(in_rows, in_columns)] = segment.crop[np.ix_(rows[in_rows] - top, columns[in_columns] - left)]
-    return mask
+    rows_in, columns_in = (
+        np.flatnonzero((numbers >= start) & (numbers < stop))
+        for numbers, start, stop in ((rows, top, bottom), (columns, left, right))
+    )
+    crop = segment.crop[np.ix_(rows[rows_in] - top, columns[columns_in] - left)]
+    first_row, first_column = (int(part[0]) if len(part) else 0 for part in (rows_in, columns_in))
+    return Segment(first_column, first_row, crop, segment.rating, segment.stability)

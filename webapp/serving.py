@@ -13,8 +13,8 @@ os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_TEMP_DIR=_files.name)
 from checkpoint_tools.staging import ROOT  # noqa: E402
 from finetuning.images import IMAGE_SUFFIXES  # noqa: E402
 
+from .model import ModelSource, SharedModel, load_shared  # noqa: E402
 from .page import LAUNCH_OPTIONS, Page  # noqa: E402
-from .segmenter import Segmenter, Source, load_segmenter  # noqa: E402
 
 
 COINS = ROOT / "docs" / "images" / "coins.png"
@@ -24,7 +24,7 @@ class AppError(ValueError):
     """The page cannot be served."""
 
 
-def serve(source: Source, images: Path | None = None, port: int | None = None) -> None:
+def serve(source: ModelSource, images: Path | None = None, port: int | None = None) -> None:
     """Serves the page on this machine alone, until the process is interrupted.
 
     Args:
@@ -36,7 +36,7 @@ def serve(source: Source, images: Path | None = None, port: int | None = None) -
         AppError: If the model or the images cannot be read, or the port is taken.
     """
     try:
-        page = page_of(load_segmenter(source), images_in(images), source)
+        page = page_of(load_shared(source), images_in(images), source)
     except ValueError as error:
         raise AppError(str(error)) from error
     try:
@@ -59,6 +59,6 @@ def images_in(folder: Path | None) -> Mapping[str, Path]:
     return {str(path.relative_to(folder)): path for path in paths}
 
 
-def page_of(segmenter: Segmenter, images: Mapping[str, Path], source: Source) -> Page:
+def page_of(model: SharedModel, images: Mapping[str, Path], source: ModelSource) -> Page:
     """Returns the page of a model."""
-    return Page(segmenter, images, f"# Segment Anything\n{source}")
+    return Page(model, images, f"# Segment Anything\n{source}")

@@ -1,23 +1,22 @@
 """What one user does on the page: an image, clicks, masks. Each action returns a new session.
 
-session = open_image(segmenter, image, "photo.png")
-session = add_click(segmenter, session, (120, 80), "inside")
-session = finish_object(segmenter, session)
+session = Session(open_file(model, Path("photo.png")))
+session = add_click(session, (120, 80), "inside")
+session = finish_object(session)
 session.segments  # the masks
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
-
 from finetuning.automatic import Candidates
-from finetuning.predictor import EncodedImage, ObjectPrompts
+from finetuning.samples import Window
 from finetuning.segmentation_settings import SegmentationSettings
+from finetuning.segmenter import PromptedObject
 from finetuning.segments import Segment
 
-from .screen import fitted
-from .segmenter import Segmenter
+from .open_image import OpenImage, in_window
 
 
 class ActionError(ValueError):
@@ -41,12 +40,14 @@ class Prompt:
     box: tuple[float, float, float, float] | None = None
 
     @property
-    def for_model(self) -> ObjectPrompts | None:
-        """As the model takes it; None if it says nothing yet of what is inside."""
-        if self.box is None and 1 not in self.labels:
-            return None
-        points, labels = ([list(self.points)], [list(self.labels)]) if self.points else (None, None)
-        return ObjectPrompts(points=points, labels=labels, boxes=None if self.box is None else [self.box])
+    def prompted(self) -> PromptedObject:
+        """What is clicked, without a corner."""
+        return PromptedObject(points=self.points, labels=list(self.labels), box=self.box)
+
+    @property
+    def is_enough(self) -> bool:
+        """Whether it says what is inside of the object."""
+        return self.box is not None or 1 in self.labels
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,12 +85,12 @@ class GridSearch:
     """A search for all objects.
 
     Args:
-        candidates: Masks above the thresholds of `lowest`.
+        candidates: Masks above the thresholds of `lowest`, tile by tile.
         lowest: Settings with which the model has run.
         settings: Settings with which the objects were chosen among the candidates.
     """
 
-    candidates: Candidates
+    candidates: Sequence[tuple[Window, Candidates]]
     lowest: SegmentationSettings
     settings: SegmentationSettings
 
@@ -104,26 +105,18 @@ class Session:
     """An image and what is marked in it.
 
     Args:
-        image: (H, W, 3) uint8.
-        name: Its file's name.
-        fitted: The image as large as the page shows it.
-        encoded: What the vision encoder makes of it.
+        image: The image.
         marks: What is marked in it.
         masks: Masks of the current prompt: SAM's three, and the single one.
         past: Marks before each action.
         search: The last search for all objects.
-        encoded_before: What the vision encoder makes of the image without the adapter; None until it is asked for.
     """
 
-    image: np.ndarray
-    name: str
-    fitted: np.ndarray
-    encoded: EncodedImage
+    image: OpenImage
     marks: Marks = field(default_factory=Marks)
     masks: tuple[Segment, ...] = ()
     past: tuple[Marks, ...] = ()
     search: GridSearch | None = None
-    encoded_before: EncodedImage | None = None
 
     @property
     def choice(self) -> int:
@@ -146,18 +139,13 @@ class Session:
         return [found.segment for found in self.objects]
 
 
-def open_image(segmenter: Segmenter, image: np.ndarray, name: str) -> Session:
-    """Encodes an image (H, W, 3) uint8 and starts a session with it."""
-    return Session(image, name, fitted(image), segmenter.encode(image))
-
-
-def add_click(segmenter: Segmenter, session: Session, place: tuple[float, float], mode: str) -> Session:
+def add_click(session: Session, place: tuple[float, float], mode: str) -> Session:
     """Adds a point (x, y) to the current object, or a corner of its box.
 
     Raises:
         ActionError: If the place is outside of the image, or no corner of a box.
     """
-    height, width = session.image.shape[:2]
+    height, width = session.image.size
     x, y = place
     if not (0 <= x <= width and 0 <= y <= height):
         raise ActionError(f"({x:g}, {y:g}) is outside of the image of {width} x {height} pixels.")
@@ -172,10 +160,10 @@ def add_click(segmenter: Segmenter, session: Session, place: tuple[float, float]
         if left == right or top == bottom:
             raise ActionError("Both corners are on one line: click on the opposite corner of the box.")
         prompt = replace(prompt, corner=None, box=(left, top, right, bottom))
-    return marked(segmenter, session, prompt=prompt, choice=None)
+    return marked(session, prompt=prompt, choice=None)
 
 
-def choose_mask(segmenter: Segmenter, session: Session, choice: int) -> Session:
+def choose_mask(session: Session, choice: int) -> Session:
     """Takes another mask of the current prompt.
 
     Raises:
@@ -183,10 +171,10 @@ def choose_mask(segmenter: Segmenter, session: Session, choice: int) -> Session:
     """
     if not 0 <= choice < len(session.masks):
         raise ActionError("There is no mask to choose: click on an object first.")
-    return session if choice == session.choice else marked(segmenter, session, choice=choice)
+    return session if choice == session.choice else marked(session, choice=choice)
 
 
-def finish_object(segmenter: Segmenter, session: Session) -> Session:
+def finish_object(session: Session) -> Session:
     """Keeps the current mask, and starts the next object.
 
     Raises:
@@ -194,10 +182,10 @@ def finish_object(segmenter: Segmenter, session: Session) -> Session:
     """
     if session.current is None or not session.current.segment.area:
         raise ActionError("There is no mask to keep: click on an object first.")
-    return marked(segmenter, session, objects=tuple(session.objects), prompt=Prompt(), choice=None)
+    return marked(session, objects=tuple(session.objects), prompt=Prompt(), choice=None)
 
 
-def remove_object(segmenter: Segmenter, session: Session, number: int) -> Session:
+def remove_object(session: Session, number: int) -> Session:
     """Removes object `number`, from 1.
 
     Raises:
@@ -207,16 +195,16 @@ def remove_object(segmenter: Segmenter, session: Session, number: int) -> Sessio
     if not 1 <= number <= len(session.objects):
         raise ActionError(f"There is no object {number} to remove: choose one of the table.")
     if number > len(objects):
-        return marked(segmenter, session, prompt=Prompt(), choice=None)
-    return marked(segmenter, session, objects=(*objects[: number - 1], *objects[number:]))
+        return marked(session, prompt=Prompt(), choice=None)
+    return marked(session, objects=(*objects[: number - 1], *objects[number:]))
 
 
-def clear(segmenter: Segmenter, session: Session) -> Session:
+def clear(session: Session) -> Session:
     """Removes all objects and clicks."""
-    return marked(segmenter, session, objects=(), prompt=Prompt(), choice=None)
+    return marked(session, objects=(), prompt=Prompt(), choice=None)
 
 
-def undo(segmenter: Segmenter, session: Session) -> Session:
+def undo(session: Session) -> Session:
     """Takes back the last action.
 
     Raises:
@@ -225,10 +213,10 @@ def undo(segmenter: Segmenter, session: Session) -> Session:
     if not session.past:
         raise ActionError("There is nothing to undo.")
     *past, marks = session.past
-    return with_masks(segmenter, replace(session, marks=marks, past=tuple(past)))
+    return with_masks(replace(session, marks=marks, past=tuple(past)))
 
 
-def find_all(segmenter: Segmenter, session: Session, settings: SegmentationSettings) -> Session:
+def find_all(session: Session, settings: SegmentationSettings) -> Session:
     """Replaces all objects by those that a grid of points finds.
 
     The model does not run again if it has found all masks that are above the thresholds before.
@@ -238,59 +226,55 @@ def find_all(segmenter: Segmenter, session: Session, settings: SegmentationSetti
     """
     search = session.search
     if search is None or not search.holds(settings):
-        search = GridSearch(segmenter.find(session.encoded, settings), settings, settings)
-    segments = segmenter.choose(search.candidates, settings)
+        search = GridSearch(session.image.candidates(settings), settings, settings)
+    segments = session.image.model.choose(search.candidates, session.image.size, settings)
     if not segments:
-        raise ActionError(nothing_found(search.candidates, settings))
+        raise ActionError(nothing_found([candidates for _, candidates in search.candidates], settings))
     session = replace(session, search=replace(search, settings=settings))
-    return marked(
-        segmenter, session, objects=tuple(Found(segment) for segment in segments), prompt=Prompt(), choice=None
-    )
+    return marked(session, objects=tuple(map(Found, segments)), prompt=Prompt(), choice=None)
 
 
-def nothing_found(candidates: Candidates, settings: SegmentationSettings) -> str:
+def nothing_found(tiles: Sequence[Candidates], settings: SegmentationSettings) -> str:
     """Says which threshold no mask passes."""
-    if candidates.best_rating < settings.min_iou:
+    rating, stability = (
+        max(scores) for scores in zip(*((t.best_rating, t.best_stability) for t in tiles), strict=True)
+    )
+    if rating < settings.min_iou:
         return (
-            f"No mask is rated {settings.min_iou:g} or higher; the best is rated {candidates.best_rating:.2f}. "
-            "Lower the rating, or train the model for such images."
+            f"No mask is rated {settings.min_iou:g} or higher; the best is rated {rating:.2f}. Lower the rating, or "
+            "train the model for such images."
         )
     return (
         f"No mask with a sufficient rating has a stability of {settings.min_stability:g}; the highest is "
-        f"{candidates.best_stability:.2f}. Lower the stability."
+        f"{stability:.2f}. Lower the stability."
     )
 
 
-def without_adapter(segmenter: Segmenter, session: Session) -> tuple[Session, list[Segment]]:
-    """Returns what the base model makes of the same prompts and, if objects were found from a grid, of this grid.
-
-    Returns:
-        The session, which keeps the encoded image, and the masks.
-    """
-    encoded = session.encoded_before or segmenter.encode(session.image, adapted=False)
+def without_adapter(session: Session) -> list[Segment]:
+    """Returns what the base model makes of the same prompts and, if objects were found from a grid, of this grid."""
+    image = session.image
     segments: list[Segment] = []
     if session.search and any(found.prompt is None for found in session.objects):
         settings = session.search.settings
-        segments += segmenter.choose(segmenter.find(encoded, settings, adapted=False), settings)
+        segments += image.model.choose(image.candidates(settings, adapted=False), image.size, settings)
     for found in session.objects:
-        prompts = found.prompt and found.prompt.for_model
-        if prompts:
-            segments.append(segmenter.decode(encoded, prompts, adapted=False)[found.choice])
-    return replace(session, encoded_before=encoded), segments
+        if found.prompt:
+            segments.append(image.masks(found.prompt.prompted, adapted=False)[found.choice])
+    return segments
 
 
-def marked(segmenter: Segmenter, session: Session, **changes: Any) -> Session:
+def marked(session: Session, **changes: Any) -> Session:
     """Returns the session with other marks, after which `undo` brings back the present ones."""
     past = (*session.past, session.marks)
-    return with_masks(segmenter, replace(session, marks=replace(session.marks, **changes), past=past))
+    return with_masks(replace(session, marks=replace(session.marks, **changes), past=past))
 
 
-def with_masks(segmenter: Segmenter, session: Session) -> Session:
+def with_masks(session: Session) -> Session:
     """Returns the session with the masks of its prompt."""
-    prompts = session.marks.prompt.for_model
-    if prompts is None:
+    prompt, choice = session.marks.prompt, session.marks.choice
+    if not prompt.is_enough:
         return replace(session, masks=())
-    masks = segmenter.decode(session.encoded, prompts)
-    choice = session.marks.choice
-    choice = segmenter.default_choice(masks, prompts) if choice is None else choice
+    masks = session.image.masks(prompt.prompted)
+    if choice is None:
+        choice = session.image.model.default_choice(masks, in_window(prompt.prompted, 0, 0))
     return replace(session, masks=tuple(masks), marks=replace(session.marks, choice=choice))

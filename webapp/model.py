@@ -1,7 +1,7 @@
 """The model behind the page: one for all users, with and without its adapter."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
@@ -17,16 +17,17 @@ from finetuning.predictor import EncodedImage, ObjectPrompts, Predictor
 from finetuning.segmentation import DEVICE
 from finetuning.segmentation_settings import SegmentationSettings
 from finetuning.segments import Segment, segment_of
+from finetuning.tiling import joined
 
 from .zero_gpu import on_gpu
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelSource:
     """Where the model is from.
 
     Args:
-        base: Folder or Hub id of the base; None for the adapter's, or sam-tiny.
+        base: Folder or Hub id of the base; None for that of the adapter, or sam-tiny.
         revision: Of the base, on the Hub.
         adapter: Folder or Hub id of an adapter.
         adapter_revision: Of the adapter, on the Hub.
@@ -37,15 +38,11 @@ class Source:
     adapter: str | None = None
     adapter_revision: str | None = None
 
-    def __str__(self) -> str:
-        """A short name."""
-        return " on ".join(name for name in (self.adapter, self.base) if name) or "sam-tiny"
 
-
-class Segmenter:
+class SharedModel:
     """A model that answers one request at a time, with its adapter or without.
 
-    Embeddings are kept on the CPU: those of all users would not fit on a GPU.
+    Encoded images are kept on the CPU: those of all users would not fit on a GPU.
 
     Args:
         model: A `PeftModel`, or a model without an adapter.
@@ -71,7 +68,7 @@ class Segmenter:
 
     @contextmanager
     def adapter(self, enabled: bool) -> Iterator[None]:
-        """The model with its adapter, or without."""
+        """Switches the adapter off for a block, unless it is `enabled`."""
         with nullcontext() if enabled or not self.has_adapter else self.model.disable_adapter():
             yield
 
@@ -90,34 +87,48 @@ class Segmenter:
         with self.lock:
             return self._find(encoded, settings, adapted)
 
-    def choose(self, candidates: Candidates, settings: SegmentationSettings) -> list[Segment]:
-        """Returns those of the candidates that are above the thresholds, each object once, best rated first."""
-        return scaled_up(self.predictor, candidates, choose(candidates, settings))
+    def choose(
+        self,
+        groups: Sequence[tuple[tuple[slice, slice], Candidates]],
+        size: tuple[int, int],
+        settings: SegmentationSettings,
+    ) -> list[Segment]:
+        """Returns the candidates of all tiles that are above the thresholds, each object once, best rated first.
+
+        Args:
+            groups: Each tile's window, and the candidates in it.
+            size: Height and width of the image.
+            settings: With the thresholds.
+        """
+        parts = []
+        for window, candidates in groups:
+            segments = scaled_up(self.predictor, candidates, choose(candidates, settings))
+            parts.append((window, [segment.moved(window[0].start, window[1].start) for segment in segments]))
+        return joined(parts, size, settings.max_overlap)
 
     def run_encoder(self, image: np.ndarray, adapted: bool) -> EncodedImage:
         """`encode`, on the GPU if there is one."""
         with self.adapter(adapted):
-            return moved(self.predictor.encode(image), "cpu")
+            return on_device(self.predictor.encode(image), "cpu")
 
     def run_decoder(self, encoded: EncodedImage, prompts: ObjectPrompts, adapted: bool) -> list[Segment]:
         """`decode`, on the GPU if there is one."""
+        here = on_device(encoded, self.predictor.model.device)
         with self.adapter(adapted):
-            here = moved(encoded, self.predictor.model.device)
-            (ratings, logits), (rating, logit) = (self.predictor.decode(here, prompts, many) for many in (True, False))
-        all_logits = torch.cat([logits[0], logit[0]])
-        masks = self.predictor.full_size(here, all_logits)
-        stabilities = stability_scores(self.predictor.without_padding(here, all_logits)).tolist()
-        scores = zip(masks, torch.cat([ratings[0], rating[0]]).tolist(), stabilities, strict=True)
+            answers = [self.predictor.decode(here, prompts, multimask) for multimask in (True, False)]
+        ratings, logits = (torch.cat([part[0] for part in parts]) for parts in zip(*answers, strict=True))
+        stabilities = stability_scores(self.predictor.without_padding(here, logits))
+        scores = zip(self.predictor.full_size(here, logits), ratings.tolist(), stabilities.tolist(), strict=True)
         return [segment_of(mask, rating, stability) for mask, rating, stability in scores]
 
     def run_grid(self, encoded: EncodedImage, settings: SegmentationSettings, adapted: bool) -> Candidates:
         """`find`, on the GPU if there is one."""
+        here = on_device(encoded, self.predictor.model.device)
         with self.adapter(adapted):
-            here = moved(encoded, self.predictor.model.device)
             found = find_candidates(self.predictor, here, settings.grid, settings.min_iou, settings.min_stability)
         return replace(found, encoded=encoded)
 
-    def default_choice(self, masks: list[Segment], prompts: ObjectPrompts) -> int:
+    def default_choice(self, masks: Sequence[Segment], prompts: ObjectPrompts) -> int:
         """Returns the index of the mask that the settings choose among those of `decode`."""
         among_three = {"always": True, "never": False, "single-point": prompts.is_single_point}
         if not among_three[self.settings.multimask]:
@@ -125,22 +136,24 @@ class Segmenter:
         return int(np.argmax([mask.rating for mask in masks[:-1]]))
 
 
-def moved(encoded: EncodedImage, device: str | torch.device) -> EncodedImage:
+def on_device(encoded: EncodedImage, device: str | torch.device) -> EncodedImage:
     """Returns an encoded image whose embedding is on `device`."""
     return replace(encoded, embedding=encoded.embedding.to(device))
 
 
-def load_segmenter(source: Source) -> Segmenter:
+def load_shared(source: ModelSource) -> SharedModel:
     """Loads model, processor and settings.
 
     Raises:
         ValueError: If they cannot be loaded.
     """
     if source.adapter:
-        model, processor = load_adapted(source.adapter, source.base, source.revision, source.adapter_revision)
         settings = SegmentationSettings.load(source.adapter, source.adapter_revision)
+        model, processor = load_adapted(
+            source.adapter, source.base, source.revision, adapter_revision=source.adapter_revision
+        )
     else:
         base = source.base or str(SAM_TINY)
-        model, processor = load_base(base, source.revision)
         settings = SegmentationSettings.load(base, source.revision)
-    return Segmenter(model.eval().to(DEVICE), processor, settings)
+        model, processor = load_base(base, source.revision, image_size=settings.image_size)
+    return SharedModel(model.eval().to(DEVICE), processor, settings)
