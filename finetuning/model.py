@@ -159,7 +159,11 @@ def trained(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
 
 
 def load_adapted(
-    adapter: str, base: str | None = None, revision: str | None = None, image_size: int | None = None
+    adapter: str,
+    base: str | None = None,
+    revision: str | None = None,
+    image_size: int | None = None,
+    adapter_revision: str | None = None,
 ) -> tuple[PeftModel, SamProcessor]:
     """Loads a base and an adapter onto it. Returns model and processor.
 
@@ -170,14 +174,14 @@ def load_adapted(
         SegmentationSettingsError: If the settings beside the adapter are damaged.
     """
     try:
-        config = PeftConfig.from_pretrained(adapter)
+        config = PeftConfig.from_pretrained(adapter, revision=adapter_revision)
     except (OSError, ValueError) as error:
         raise ModelError(f"{adapter}: not an adapter: {str(error).splitlines()[0]}") from error
     if base is None:
         base, revision = config.base_model_name_or_path, revision or config.revision
-    image_size = image_size or SegmentationSettings.load(adapter).image_size
+    image_size = image_size or SegmentationSettings.load(adapter, adapter_revision).image_size
     model, processor = load_base(base, revision, image_size=image_size)
     try:
-        return with_adapter(model, adapter), processor
+        return with_adapter(model, adapter, adapter_revision), processor
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{adapter}: does not fit {base}, or is damaged: {str(error).splitlines()[0]}") from error

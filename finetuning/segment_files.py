@@ -86,14 +86,18 @@ class Annotations:
             )
         return len(shown)
 
+    @property
+    def content(self) -> dict[str, Any]:
+        """All of it as COCO writes it: https://cocodataset.org/#format-data."""
+        categories = [{"id": number, "name": name} for name, number in self.categories.items()]
+        return {"images": self.images, "annotations": self.annotations, "categories": categories}
+
     def write(self, folder: Path, with_table: bool) -> None:
         """Writes COCO annotations, and a CSV file with one row for each object.
 
         `score` is the predicted IoU, and `label` the number in the label image.
         """
-        categories = [{"id": number, "name": name} for name, number in self.categories.items()]
-        content = {"images": self.images, "annotations": self.annotations, "categories": categories}
-        (folder / "annotations.json").write_text(json.dumps(content) + "\n", encoding="utf-8")
+        (folder / "annotations.json").write_text(json.dumps(self.content) + "\n", encoding="utf-8")
         if not with_table:
             return
         names = {number: name for name, number in self.categories.items()}
