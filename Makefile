@@ -1,14 +1,19 @@
 PYTHON ?= python3
 BASE ?= checkpoints/sam-tiny
+ADAPTER ?=
 PYTEST ?=
 
 BIN := .venv/newest/bin
 
-.PHONY: demo test test-all quality style bench notebook clean
+.PHONY: app demo test test-all quality style bench notebook clean
 
 # Fine-tunes BASE (a folder or a Hub id) on half of the coins of a photograph and shows the other half.
 demo: .venv/newest/installed
 	$(BIN)/python demo.py --base "$(BASE)"
+
+# Opens a page on this machine to click on, with BASE, or with ADAPTER (a folder or a Hub id) before and after.
+app: .venv/newest/installed
+	$(BIN)/python app.py $(if $(ADAPTER),--adapter "$(ADAPTER)",--base "$(BASE)")
 
 # Quality gates, then all tests with the newest versions that have a build for CPUs.
 test: quality test-newest

@@ -6,20 +6,23 @@ python app.py --adapter build/finetune/adapter --images photos
 
 import argparse
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from transformers.utils import logging
 
-from webapp.model import ModelSource
-from webapp.serving import AppError, serve
+from checkpoint_tools.errors import one_line_errors
 
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_args(arguments)
-    try:
-        serve(ModelSource(args.base, args.revision, args.adapter), args.images, args.port)
-    except AppError as error:
-        sys.exit(str(error))
+    if find_spec("gradio") is None:
+        sys.exit('app.py needs gradio: pip install ".[app]"')
+    from webapp.model import ModelSource  # only now, as they take some seconds and need gradio
+    from webapp.serving import serve
+
+    with one_line_errors(ValueError):
+        serve(ModelSource(args.base, args.revision, args.adapter, args.adapter_revision), args.images, args.port)
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -27,11 +30,16 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--base", help="folder or Hub id of a SAM v1 (default: that of the adapter, or sam-tiny)")
     parser.add_argument("--revision", help="of the base, on the Hub")
     parser.add_argument("--adapter", help="folder or Hub id of an adapter")
+    parser.add_argument("--adapter-revision", help="of the adapter, on the Hub")
     parser.add_argument("--images", type=Path, help="folder of images to choose from (default: the coins)")
     parser.add_argument("--port", type=int, help="of the page (default: a free one from 7860)")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.images and not args.images.is_dir():
+        parser.error(f"--images {args.images}: expected a folder")
+    return args
 
 
 if __name__ == "__main__":
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     main()

@@ -22,7 +22,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 OPTIONS += ["--disable-sync", "--no-first-run", "--disable-quic"]
 COINS = (384, 303)  # width and height
-SECONDS = 60 * 1000  # of playwright
+MILLISECONDS = 40_000  # to wait for an answer
 
 
 def free_port() -> int:
@@ -62,7 +62,7 @@ def browser(url: str, dark: bool = False, height: int = 900) -> Iterator[Page]:
         page = chromium.new_page(
             viewport={"width": 1280, "height": height}, color_scheme="dark" if dark else "light", accept_downloads=True
         )
-        page.set_default_timeout(SECONDS)
+        page.set_default_timeout(MILLISECONDS)
         page.on("request", lambda request: elsewhere.append(request.url))
         page.goto(url)
         page.locator("#picture img").wait_for()

@@ -17,7 +17,7 @@ from finetuning.segmentation_settings import SegmentationSettings
 from webapp import session as actions
 from webapp.downloads import write_files
 from webapp.drawing import draw, draw_masks
-from webapp.handlers import choices_of, required, segment_file, settings_of, shown_as_message, status_of, table_of
+from webapp.handlers import choices_of, raises, required, segment_file, settings_of, status_of, table_of, warns
 from webapp.model import SharedModel
 from webapp.open_image import MAX_PIXELS, OpenImage, open_file
 from webapp.screen import LONG_SIDE, place_in_image
@@ -256,16 +256,21 @@ def test_files_that_are_no_images_or_too_large_are_named(model, tmp_path):
         assert str(tmp_path) not in str(error.value)
 
 
-def test_errors_are_messages_without_html(capsys):
-    def fail() -> None:
-        raise ValueError("<img src=x>: no image")
+def test_errors_are_messages_without_html(monkeypatch):
+    def fail(error: Exception) -> None:
+        raise error
 
+    no_image = ValueError("<img src=x>: no image")
     with pytest.raises(gr.Error) as error:
-        shown_as_message(fail)()
+        raises(fail)(no_image)
     assert error.value.message == "&lt;img src=x&gt;: no image"
     assert not error.value.print_exception
-    with pytest.raises(gr.Error, match="ZeroDivisionError: the server's log"):
-        shown_as_message(lambda: 1 / 0)()
+    said: list[str] = []
+    monkeypatch.setattr(gr, "Warning", lambda message, title: said.append(message))
+    assert warns(fail, 3)(no_image) == [gr.skip()] * 3
+    assert warns(fail, 1)(ZeroDivisionError()) == gr.skip()
+    assert said[0] == error.value.message
+    assert "ZeroDivisionError. The server's log" in said[1]
     with pytest.raises(ActionError, match="No image is open"):
         required(None)
 

@@ -18,19 +18,42 @@ from .open_image import open_file
 from .session import ActionError, Session
 
 
-def shown_as_message(handler: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes errors of a handler messages on the page, which may contain HTML: texts of users must not."""
+def message_of(error: Exception) -> str:
+    """Returns what the page says of an error. Messages may contain HTML there: the texts of users must not."""
+    if isinstance(error, ValueError):
+        return html.escape(str(error), quote=False)
+    logging.getLogger(__name__).error("A handler of the page failed.", exc_info=error)
+    return f"This should not happen: {type(error).__name__}. The server's log says more."
+
+
+def warns(handler: Callable[..., Any], outputs: int) -> Callable[..., Any]:
+    """Makes errors of a handler messages on the page, which otherwise stays as it is.
+
+    Args:
+        handler: Returns what becomes of the outputs.
+        outputs: Their number.
+    """
 
     @functools.wraps(handler)
     def safe(*args: Any) -> Any:
         try:
             return handler(*args)
-        except (ValueError, ActionError) as error:
-            message, title = str(error), "That did not work"
         except Exception as error:
-            logging.getLogger(__name__).exception("A handler of the page failed.")
-            message, title = f"{type(error).__name__}: the server's log says more.", "This should not happen"
-        raise gr.Error(html.escape(message, quote=False), title=title, print_exception=False) from None
+            gr.Warning(message_of(error), title="That did not work")
+        return [gr.skip()] * outputs if outputs > 1 else gr.skip()
+
+    return safe
+
+
+def raises(handler: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes errors of a handler errors of the program that has called it."""
+
+    @functools.wraps(handler)
+    def safe(*args: Any) -> Any:
+        try:
+            return handler(*args)
+        except Exception as error:
+            raise gr.Error(message_of(error), print_exception=False) from None
 
     return safe
 

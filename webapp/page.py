@@ -14,12 +14,13 @@ from .downloads import write_files
 from .drawing import draw, draw_masks
 from .handlers import (
     choices_of,
+    raises,
     required,
     segment_file,
     settings_of,
-    shown_as_message,
     status_of,
     table_of,
+    warns,
 )
 from .model import SharedModel
 from .open_image import open_file
@@ -30,7 +31,8 @@ from .session import ActionError, Session
 MAX_FILE_SIZE = "50mb"
 SECONDS_TO_KEEP = 3600  # after the last action of a user
 MODES = [("Point in the object", "inside"), ("Point beside it", "outside"), ("Box: two clicks", "box")]
-COLUMNS = {"object": 80, "pixels": 90, "left, top: size": 170, "rating": 80, "stability": 100}  # and their widths
+COLUMNS = ["object", "pixels", "left, top: size", "rating", "stability"]
+COLUMN_WIDTHS: list[str | int] = ["16%", "17%", "32%", "15%", "20%"]
 CSS = """
 .gradio-container { max-width: 1400px !important; margin: auto; }
 #picture img { cursor: crosshair; }
@@ -90,7 +92,10 @@ class Page:
                 )
             with gr.Tab("Before and after", id="comparison", visible=self.model.has_adapter) as self.comparison:
                 self.slider = gr.ImageSlider(
-                    label="Left: without the adapter. Right: with it.", interactive=False, buttons=["fullscreen"]
+                    label="Left: without the adapter. Right: with it.",
+                    interactive=False,
+                    buttons=["fullscreen"],
+                    max_height=800,
                 )
                 self.difference = gr.Markdown()
         self.status = gr.Markdown()
@@ -111,8 +116,8 @@ class Page:
             self.undo = gr.Button("Undo")
             self.clear = gr.Button("Clear")
         self.table = gr.Dataframe(
-            headers=list(COLUMNS),
-            column_widths=list(COLUMNS.values()),
+            headers=COLUMNS,
+            column_widths=COLUMN_WIDTHS,
             interactive=False,
             label="Objects",
             max_height=260,
@@ -163,10 +168,11 @@ class Page:
         **options: Any,
     ) -> None:
         """Runs `handler` at an event, one at a time for all users, as there is one model."""
+        outputs = self.views if outputs is None else outputs
         event(
-            shown_as_message(handler),
+            warns(handler, len(outputs)),
             inputs,
-            self.views if outputs is None else outputs,
+            outputs,
             api_visibility="private",
             concurrency_id="model",
             concurrency_limit=1,
@@ -254,7 +260,7 @@ class Page:
         with gr.Row(visible=False):
             image, points, box, result = gr.File(), gr.JSON(), gr.JSON(), gr.JSON()
             gr.Button().click(
-                shown_as_message(lambda *values: segment_file(self.model, *values)),
+                raises(lambda *values: segment_file(self.model, *values)),
                 [image, points, box],
                 [result],
                 api_name="segment",

@@ -13,7 +13,7 @@ os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_TEMP_DIR=_files.name)
 from checkpoint_tools.staging import ROOT  # noqa: E402
 from finetuning.images import IMAGE_SUFFIXES  # noqa: E402
 
-from .model import ModelSource, SharedModel, load_shared  # noqa: E402
+from .model import ModelSource, load_shared  # noqa: E402
 from .page import LAUNCH_OPTIONS, Page  # noqa: E402
 
 
@@ -33,16 +33,17 @@ def serve(source: ModelSource, images: Path | None = None, port: int | None = No
         port: None for a free one from 7860.
 
     Raises:
-        AppError: If the model or the images cannot be read, or the port is taken.
+        ValueError: If the model or the images cannot be read, or the port is taken.
     """
+    page = Page(load_shared(source), images_in(images), about(source))
     try:
-        page = page_of(load_shared(source), images_in(images), source)
-    except ValueError as error:
-        raise AppError(str(error)) from error
-    try:
-        page.blocks.launch(server_name="127.0.0.1", server_port=port, **LAUNCH_OPTIONS)
+        _, url, _ = page.blocks.launch(
+            server_name="127.0.0.1", server_port=port, prevent_thread_lock=True, quiet=True, **LAUNCH_OPTIONS
+        )
     except OSError as error:
-        raise AppError(f"--port {port}: {error}") from error
+        raise AppError(f"--port {port} is taken: choose another.") from error
+    print(f"The page is at {url} (Ctrl-C ends it).", flush=True)
+    page.blocks.block_thread()
 
 
 def images_in(folder: Path | None) -> Mapping[str, Path]:
@@ -59,6 +60,8 @@ def images_in(folder: Path | None) -> Mapping[str, Path]:
     return {str(path.relative_to(folder)): path for path in paths}
 
 
-def page_of(model: SharedModel, images: Mapping[str, Path], source: ModelSource) -> Page:
-    """Returns the page of a model."""
-    return Page(model, images, f"# Segment Anything\n{source}")
+def about(source: ModelSource) -> str:
+    """Returns what the page says of the model, Markdown."""
+    base = f"`{source.base or 'sam-tiny'}`"
+    model = f"`{source.adapter}`{f' on {base}' if source.base else ''}" if source.adapter else base
+    return f"# Segment Anything\nModel: {model}"

@@ -1,0 +1,116 @@
+"""The page of `app.py` as people and programs use it: in a browser, and with gradio's client."""
+
+import json
+from collections.abc import Iterator
+
+import browser
+import httpx
+import numpy as np
+import pytest
+import torch
+from browser import click, download, press
+from gradio_client import Client, handle_file
+from peft import LoraConfig, get_peft_model
+from PIL import Image
+
+from checkpoint_tools.staging import ROOT, SAM_TINY, split_class
+from finetuning.coco_masks import decode
+from finetuning.segmentation_settings import SegmentationSettings
+from finetuning.sources import Coins
+
+
+COINS = ROOT / "docs" / "images" / "coins.png"
+needs_chromium = pytest.mark.skipif(
+    browser.CHROMIUM is None, reason="Chromium is missing: apt-get install chromium, or put one on the PATH"
+)
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Of the page, with an adapter that changes the masks a little, and its own thresholds."""
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=["q"], init_lora_weights=False, task_type="FEATURE_EXTRACTION")
+    adapter = tmp_path_factory.mktemp("adapter")
+    get_peft_model(split_class().from_pretrained(SAM_TINY), config).save_pretrained(adapter)
+    SegmentationSettings(min_iou=0.31, min_stability=0.5, grid=6).save(adapter)
+    with browser.app("--adapter", str(adapter)) as url:
+        yield url
+
+
+def coin_at(x: float, y: float) -> np.ndarray:
+    """The labelled coin there, bool (H, W)."""
+    labels = Coins().read().labels
+    return labels == labels[int(y), int(x)]
+
+
+@needs_chromium
+def test_a_click_on_a_coin_gives_a_mask_that_covers_it(url, tmp_path):
+    with browser.browser(url) as page:
+        click(page, 190, 260)
+        page.get_by_text("1 object.").wait_for()
+        press(page, "Next object")
+        page.get_by_text("Box: two clicks").click()
+        click(page, 40, 105)
+        click(page, 90, 150)
+        page.get_by_text("2 objects.").wait_for()
+        content = json.loads(download(page, "annotations.json", tmp_path).read_text())
+        labels = np.asarray(Image.open(download(page, "labels.png", tmp_path)))
+        press(page, "Undo")
+        page.get_by_role("tab", name="Before and after").click()
+        page.get_by_text("1 objects before, 1 after.").wait_for()
+        page.get_by_role("button", name="Clear").click()
+        page.get_by_text("Click on an object").wait_for()
+        page.get_by_role("button", name="Next object").click()
+        page.get_by_text("There is no mask to keep: click on an object first.").wait_for()
+        assert page.locator("#picture img").is_visible(), "a message leaves the page as it is"
+    assert len(content["annotations"]) == labels.max() == 2
+    for number, (entry, place) in enumerate(zip(content["annotations"], [(190, 260), (65, 128)], strict=True), 1):
+        coin = coin_at(*place)
+        mask = decode(entry["segmentation"], coin.shape)
+        assert mask[coin].mean() > 0.9, f"mask {number} does not cover the coin"
+        assert mask.mean() < 0.3, f"mask {number} covers everything"
+
+
+@needs_chromium
+def test_each_user_has_an_image_of_their_own(url, tmp_path):
+    """Uploaded in one browser, it is not seen in another; a file that is no image is named."""
+    Image.fromarray(np.asarray(Image.open(COINS))[:, :300]).save(tmp_path / "mine.png")
+    (tmp_path / "text.png").write_text("text")
+    with browser.browser(url) as page, page.context.browser.new_context() as context:
+        other = context.new_page()
+        other.goto(url)
+        other.get_by_text("Click on an object").wait_for()
+        source = page.locator("#picture img").get_attribute("src")
+        page.get_by_test_id("Upload-upload-button").set_input_files(tmp_path / "text.png")
+        page.get_by_text("text.png: ").wait_for()
+        page.get_by_test_id("Upload-upload-button").set_input_files(tmp_path / "mine.png")
+        page.wait_for_function("before => document.querySelector('#picture img').src != before", arg=source)
+        other.get_by_text("Point beside it").click()
+        click(page, 150, 150)
+        page.get_by_text("1 object.").wait_for()
+        assert "mine" in download(page, "labels.png", tmp_path).name
+        assert other.locator("#picture img").get_attribute("src") == source
+        assert other.get_by_text("Click on an object").is_visible()
+
+
+def test_programs_segment_with_the_clicks_or_with_the_adapters_own_thresholds(url, tmp_path):
+    client = Client(url, verbose=False, download_files=tmp_path)
+    content = client.predict(handle_file(COINS), [[190, 260, 1]], None, api_name="/segment")
+    assert [entry["image_id"] for entry in content["annotations"]] == [1]
+    mask = decode(content["annotations"][0]["segmentation"], (303, 384))
+    assert mask[coin_at(190, 260)].mean() > 0.9
+    everything = client.predict(handle_file(COINS), None, None, api_name="/segment")["annotations"]
+    assert len(everything) > 1
+    assert min(entry["score"] for entry in everything) >= 0.31
+    with pytest.raises(Exception, match="points: expected 3 numbers each"):
+        client.predict(handle_file(COINS), [[190]], None, api_name="/segment")
+
+
+def test_files_of_the_server_cannot_be_read(url):
+    data = [{"path": str(COINS), "meta": {"_type": "gradio.FileData"}}, None, None]
+    event = httpx.post(f"{url}/gradio_api/call/segment", json={"data": data}).json()["event_id"]
+    assert "event: error" in httpx.get(f"{url}/gradio_api/call/segment/{event}", timeout=60).text
+    for secret in (ROOT / "LICENSE", "/etc/passwd"):
+        assert httpx.get(f"{url}/gradio_api/file={secret}").status_code in (403, 404)
