@@ -39,10 +39,11 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield url
 
 
-def coin_at(x: float, y: float) -> np.ndarray:
+def coin_at(x: int, y: int) -> np.ndarray:
     """The labelled coin there, bool (H, W)."""
     labels = Coins().read().labels
-    return labels == labels[int(y), int(x)]
+    assert labels[y, x], "no coin"
+    return labels == labels[y, x]
 
 
 @needs_chromium
@@ -52,8 +53,8 @@ def test_a_click_on_a_coin_gives_a_mask_that_covers_it(url, tmp_path):
         page.get_by_text("1 object.").wait_for()
         press(page, "Next object")
         page.get_by_text("Box: two clicks").click()
-        click(page, 40, 105)
-        click(page, 90, 150)
+        click(page, 24, 102)
+        click(page, 70, 147)
         page.get_by_text("2 objects.").wait_for()
         content = json.loads(download(page, "annotations.json", tmp_path).read_text())
         labels = np.asarray(Image.open(download(page, "labels.png", tmp_path)))
@@ -66,7 +67,7 @@ def test_a_click_on_a_coin_gives_a_mask_that_covers_it(url, tmp_path):
         page.get_by_text("There is no mask to keep: click on an object first.").wait_for()
         assert page.locator("#picture img").is_visible(), "a message leaves the page as it is"
     assert len(content["annotations"]) == labels.max() == 2
-    for number, (entry, place) in enumerate(zip(content["annotations"], [(190, 260), (65, 128)], strict=True), 1):
+    for number, (entry, place) in enumerate(zip(content["annotations"], [(190, 260), (46, 125)], strict=True), 1):
         coin = coin_at(*place)
         mask = decode(entry["segmentation"], coin.shape)
         assert mask[coin].mean() > 0.9, f"mask {number} does not cover the coin"

@@ -72,7 +72,8 @@ def blocks(page: str, language: str) -> str:
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     """A folder with what a checkout has, and with the adapter that `finetune.py` writes by default."""
-    for path in (*ROOT.glob("*_sam_split.py"), ROOT / "config.json", ROOT / "checkpoints", ROOT / "docs"):
+    names = ("config.json", "checkpoints", "checkpoint_tools", "docs", "finetuning", "webapp")
+    for path in (*ROOT.glob("*_sam_split.py"), *(ROOT / name for name in names)):
         (tmp_path / path.name).symlink_to(path)
     config = LoraConfig(target_modules=["q", "v"], task_type="FEATURE_EXTRACTION")
     adapted = get_peft_model(split_class().from_pretrained(SAM_TINY), config)
