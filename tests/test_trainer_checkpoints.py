@@ -163,6 +163,7 @@ def test_garbage(name, content, message, tmp_path, refused):
     assert message in refused(f"from-meta {name} out")
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_torchscript(refused):
     torch.jit.trace(nn.Linear(2, 2), torch.zeros(2)).save("sam.pt")
     assert "sam.pt is a TorchScript archive, which is code" in refused("from-meta sam.pt out")
