@@ -12,6 +12,7 @@ import sys
 import warnings
 
 from checkpoint_tools.errors import one_line_errors
+from checkpoint_tools.pushing import PushError
 from finetuning.model import ModelError
 from finetuning.options import parse
 from finetuning.recipe import finetune
@@ -21,7 +22,7 @@ from finetuning.sources import DataError
 
 def main(arguments: list[str] | None = None) -> None:
     settings = parse_args(arguments)
-    with one_line_errors(DataError, ModelError, SettingsError, ImportError), warnings.catch_warnings():
+    with one_line_errors(DataError, ModelError, SettingsError, PushError, ImportError), warnings.catch_warnings():
         # PEFT asks transformers by a name that 5.23 deprecates.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         finetune(settings)

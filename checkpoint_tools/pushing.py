@@ -44,6 +44,10 @@ HARMLESS = ("*.md", "*.txt", "*.png", "*.jpg", "*.jpeg", "*.gif", "*.webp", "*.s
 WRITTEN_BY_THE_HUB = ".gitattributes"
 
 
+class PushError(ValueError):
+    """The Hub refuses a push, or gives back something else than what was pushed."""
+
+
 @dataclass(frozen=True)
 class Destination:
     """Destination of a push.
@@ -67,24 +71,24 @@ def check_destination(api: HfApi, destination: Destination) -> str | None:
     """Returns the parent commit of a push, None if the repo or branch does not exist yet.
 
     Raises:
-        ValueError: If it is clear already that nothing can be pushed.
+        PushError: If it is clear already that nothing can be pushed.
     """
     if api.token is None:
-        raise ValueError(
+        raise PushError(
             "A push needs a token that may write: run `hf auth login`, set HF_TOKEN, or give --token-file."
         )
     try:
         api.whoami()
         info = api.model_info(destination.repo_id)
         if destination.private and not info.private:
-            raise ValueError(
+            raise PushError(
                 f"{destination.repo_id} exists and is public: make it private in its settings, or choose another."
             )
         return api.model_info(destination.repo_id, revision=destination.revision).sha
     except (RevisionNotFoundError, RepositoryNotFoundError):
         return None
     except HTTPError as error:
-        raise ValueError(explain(error, destination.repo_id)) from error
+        raise PushError(explain(error, destination.repo_id)) from error
 
 
 def push(
@@ -106,14 +110,14 @@ def push(
         verify: Called with the new commit and a Hub cache that holds it, once all files are the same.
 
     Raises:
-        ValueError: If the Hub refuses, or gives back something else.
+        PushError: If the Hub refuses, or gives back something else.
     """
     try:
         head = head or create(api, destination)
         kept = files_kept(api, destination.repo_id, head, folder, patterns)
         commit = commit_files(api, destination, folder, head, kept)
     except (HTTPError, RuntimeError) as error:  # the latter from hf_xet
-        raise ValueError(explain(error, destination.repo_id)) from error
+        raise PushError(explain(error, destination.repo_id)) from error
     if commit.oid == head:
         print(f"No changes: {destination.repo_id} is up to date, no commit was made.")
     print("Comparing it with what the Hub gives back ...", flush=True)
@@ -122,7 +126,7 @@ def push(
             compare_files(api, destination.repo_id, commit.oid, folder, head, kept, Path(cache))
             verify(commit.oid, Path(cache))
     except (ValueError, OSError, HTTPError) as error:
-        raise ValueError(
+        raise PushError(
             f"Commit {commit.oid} was pushed to {destination.repo_id}, but verification failed: {one_line(error)}"
         ) from error
     return commit
@@ -151,15 +155,15 @@ def files_kept(api: HfApi, repo_id: str, head: str, folder: Path, patterns: Sequ
     """Returns the files of the repo that a push leaves as they are.
 
     Raises:
-        ValueError: If one of them could be loaded or run together with the model.
+        PushError: If one of them could be loaded or run together with the model.
     """
     there = api.list_repo_files(repo_id, revision=head)
     if "adapter_config.json" in there and not is_ours("adapter_config.json", patterns):
-        raise ValueError(f"{repo_id} contains an adapter, which transformers would load on top: choose another repo.")
+        raise PushError(f"{repo_id} contains an adapter, which transformers would load on top: choose another repo.")
     ours = {*staged_files(folder), WRITTEN_BY_THE_HUB, *(name for name in there if is_ours(name, patterns))}
     kept = set(there) - ours
     if foreign := sorted(name for name in kept if not any(fnmatch.fnmatch(name, pattern) for pattern in HARMLESS)):
-        raise ValueError(
+        raise PushError(
             f"{repo_id} also contains {', '.join(foreign)}, which may be loaded or run with the model: delete that, "
             "or choose another repo."
         )
@@ -170,7 +174,7 @@ def commit_files(api: HfApi, destination: Destination, folder: Path, head: str, 
     """Commits all of `folder` at once, on top of `head`, and deletes what is neither in it nor `kept`.
 
     Raises:
-        ValueError: If the Hub's answer names no commit.
+        PushError: If the Hub's answer names no commit.
     """
     files = staged_files(folder)
     there = api.list_repo_files(destination.repo_id, revision=head)
@@ -188,7 +192,7 @@ def commit_files(api: HfApi, destination: Destination, folder: Path, head: str, 
             raise KeyError("commitOid")
         return commit
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
+        raise PushError(
             f"The Hub's answer to the commit to {destination.repo_id} names no commit ({one_line(error)}): run the "
             "command again, which changes nothing if the commit was made."
         ) from error
@@ -198,7 +202,7 @@ def compare_files(api: HfApi, repo_id: str, commit: str, folder: Path, head: str
     """Downloads a commit into a Hub cache, and compares every file with what was staged or was there before.
 
     Raises:
-        ValueError: If a file is missing, added or different.
+        PushError: If a file is missing, added or different.
     """
     listed = set(api.list_repo_files(repo_id, revision=commit))
     download = partial(snapshot_download, repo_id, cache_dir=cache, token=api.token)
@@ -218,7 +222,7 @@ def compare_files(api: HfApi, repo_id: str, commit: str, folder: Path, head: str
         },
     }
     if found := [f"{problem} {', '.join(sorted(names))}" for problem, names in problems.items() if names]:
-        raise ValueError(f"unlike what was staged, it {'; it '.join(found)}. Nothing was loaded.")
+        raise PushError(f"unlike what was staged, it {'; it '.join(found)}. Nothing was loaded.")
 
 
 def explain(error: Exception, repo_id: str) -> str:

@@ -18,10 +18,10 @@ from .staging import one_line
 LICENCE_FILES = tuple(f"{name}*" for name in ("LICEN[CS]E", "Licen[cs]e", "licen[cs]e", "COPYING", "NOTICE"))
 
 
-def fetch(checkpoint: str, revision: str | None = None, token: str | None = None) -> Path:
+def fetch(checkpoint: str, revision: str | None = None, token: str | None = None, weights: bool = True) -> Path:
     """Returns `checkpoint` if it is a folder; otherwise downloads the Hub repo and returns its folder.
 
-    Weights (preferably safetensors), JSON, code, card and licence are downloaded.
+    JSON, code, card, licence and, unless `weights` is False, weights (preferably safetensors) are downloaded.
 
     Raises:
         ValueError: If there is none under this name, or it cannot be downloaded.
@@ -34,8 +34,8 @@ def fetch(checkpoint: str, revision: str | None = None, token: str | None = None
         return Path(snapshot_download(checkpoint, revision=revision, token=token, allow_patterns=list(patterns)))
 
     try:
-        folder = download("*.json", "model*.safetensors", "*.py", "README.md", *LICENCE_FILES)
-        return folder if any(folder.glob("model*.safetensors")) else download("pytorch_model*.bin")
+        folder = download("*.json", "*.py", "README.md", *LICENCE_FILES, *(["model*.safetensors"] if weights else []))
+        return folder if not weights or any(folder.glob("model*.safetensors")) else download("pytorch_model*.bin")
     except GatedRepoError as error:
         raise ValueError(
             f"{checkpoint} is gated: accept its terms on its page on the Hub, and give your token."

@@ -80,15 +80,22 @@ def four_bits(bf16: bool) -> BitsAndBytesConfig:
     )
 
 
-def make_trainable(model: PreTrainedModel, settings: ModelSettings) -> PreTrainedModel | PeftModel:
+def make_trainable(
+    model: PreTrainedModel, settings: ModelSettings, commit: str | None = None
+) -> PreTrainedModel | PeftModel:
     """Freezes everything except what `settings` train. Returns `model`, wrapped in a `PeftModel` for LoRA.
+
+    The adapter names the base, by its absolute path or its Hub id, and there its `commit`.
 
     Raises:
         ModelError: If it has no such layers.
     """
     if settings.method == "lora":
         model = get_peft_model(model, lora_config(model, settings))
-        model.peft_config["default"].revision = settings.revision
+        config = model.peft_config["default"]
+        config.revision = commit or settings.revision
+        if Path(settings.base).is_dir():
+            config.base_model_name_or_path = str(Path(settings.base).resolve())
         return model
     model.requires_grad_(False)
     model._keys_to_ignore_on_save = list(model._tied_weights_keys)  # Trainer would warn of them when it loads the best
@@ -179,6 +186,8 @@ def load_adapted(
         raise ModelError(f"{adapter}: not an adapter: {str(error).splitlines()[0]}") from error
     if base is None:
         base, revision = config.base_model_name_or_path, revision or config.revision
+    if not base:
+        raise ModelError(f"{adapter} does not name the model that it was trained on: give it with --base.")
     image_size = image_size or SegmentationSettings.load(adapter, adapter_revision).image_size
     model, processor = load_base(base, revision, image_size=image_size)
     try:

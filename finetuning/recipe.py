@@ -10,11 +10,16 @@ import torch
 from peft import PeftModel
 from transformers import set_seed
 
+from checkpoint_tools.bases import Base, described
+from checkpoint_tools.licences import Licence
+from checkpoint_tools.pushing import check_destination
+from checkpoint_tools.sources import fetch
+
 from .coco import coco_images
 from .data_summary import PICTURE, DataSummary
 from .folders import paired_files
 from .model import four_bits, load_base, make_trainable
-from .results import write_results
+from .results import destination_of, write_results
 from .runs import opened_run, write_check
 from .samples import TrainValidationParts, train_validation_parts
 from .settings import DataSettings, Settings, SettingsError
@@ -30,6 +35,7 @@ def finetune(settings: Settings) -> None:
         ModelError: If something is wrong with the base model.
         SettingsError: If the settings do not fit the machine, or the run to be resumed.
         FileExistsError: If the output folder is in use.
+        PushError: If the Hub refuses the upload that is asked for.
     """
     training = settings.training
     is_main = training.process_index == 0
@@ -37,10 +43,11 @@ def finetune(settings: Settings) -> None:
     huggingface_hub.logging.set_verbosity_error()  # otherwise it logs every retry when offline
     if training.hub_model_id:
         require_login(training.hub_token)
-
+        check_destination(*destination_of(training))
     set_seed(training.seed)
     quantization = four_bits(training.bf16) if settings.model.load_in_4bit else None
     model, processor = load_base(settings.model.base, settings.model.revision, quantization, settings.model.image_size)
+    base = base_of(settings)
     mask_side = 4 * model.prompt_encoder.image_embedding_size[0]
     parts, about_data = read_data(settings.data, mask_side, training.seed)
     summary = DataSummary.of(parts, about_data, mask_side)
@@ -50,7 +57,7 @@ def finetune(settings: Settings) -> None:
             write_check(settings, summary, parts)
         say(f"{settings.folder / PICTURE}: are the outlines those of your objects? Nothing was trained.")
         return
-    model = make_trainable(model, settings.model)
+    model = make_trainable(model, settings.model, base.commit)
     trainable, total = parameter_counts(model)
     say(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
     facts = {
@@ -71,7 +78,7 @@ def finetune(settings: Settings) -> None:
         trainer.save_model(str(weights))  # on all ranks: each may hold a shard
         if is_main:
             (weights / "training_args.bin").unlink()  # a pickle that only Trainer reads
-            write_results(settings, weights, metrics, parts, trainer)
+            write_results(settings, base, weights, metrics, parts, trainer)
 
 
 def train(trainer: PromptTrainer, checkpoint: str | None) -> dict[str, Any]:
@@ -99,6 +106,30 @@ def train(trainer: PromptTrainer, checkpoint: str | None) -> dict[str, Any]:
         "peak_gigabytes": (peak_memory() - loaded) / 1e9,  # relative to memory after loading
         "history": state.log_history,
     }
+
+
+def base_of(settings: Settings) -> Base:
+    """Returns what is known of the base, and of the licence of its weights.
+
+    Raises:
+        SettingsError: If that is not enough for the upload that is asked for.
+    """
+    model, output = settings.model, settings.output
+    licence = Licence(output.license, output.license_name, output.license_link)
+    try:
+        base = described(model.base, fetch(model.base, model.revision, weights=False), licence)
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
+    if not settings.training.hub_model_id:
+        return base
+    if base.licence.problem:
+        raise SettingsError(f"--push-to-hub: {model.base}: {base.licence.problem}.")
+    if base.is_folder and model.method == "lora":
+        raise SettingsError(
+            f"--push-to-hub: the adapter would name the folder {model.base}, which others do not have: upload the "
+            "base with upload.py, and give its Hub id as --base."
+        )
+    return base
 
 
 def require_login(token: str | None) -> None:

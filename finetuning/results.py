@@ -1,20 +1,28 @@
 """Writes the results of fine-tuning: metrics, pictures, model card, exported models; uploads them."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub import HfApi, get_token
 from torch.utils.data import default_collate
-from transformers import PreTrainedModel, SamModel
+from transformers import PreTrainedModel, SamModel, SamProcessor
 
+from checkpoint_tools.bases import Base
 from checkpoint_tools.comparison import relative_error
+from checkpoint_tools.licences import CODE_LICENCE
 from checkpoint_tools.masks import best_rated
 from checkpoint_tools.outputs import staged
+from checkpoint_tools.plain_settings import keep_known_settings
+from checkpoint_tools.pushing import FILES, Destination, check_destination
+from checkpoint_tools.pushing import push as push_files
+from checkpoint_tools.staging import ROOT
 
+from .cards import Kind, card, is_stock, worse_than_base
 from .model import load_base, trained
 from .overlaps import mask_of
 from .pictures import plot_curves, plot_masks
@@ -22,33 +30,51 @@ from .predictor import Predictor
 from .prompts import OUTSIDE, ValidationSet
 from .rounds import POINT, Prompting, Rounds
 from .samples import TrainValidationParts
-from .settings import ModelSettings, Settings, TrainingSettings
+from .settings import Settings, TrainingSettings
 from .thresholds import labelled_images, sweep_thresholds
 from .training import PromptTrainer, segmentation_settings
 
 
 NUM_PICTURES = 3
+PATTERNS = (*FILES, "adapter_config.json", "adapter_model*.safetensors")  # of what is uploaded
 
 
 def write_results(
-    settings: Settings, weights: Path, metrics: dict[str, Any], parts: TrainValidationParts, trainer: PromptTrainer
+    settings: Settings,
+    made_of: Base,
+    weights: Path,
+    metrics: dict[str, Any],
+    parts: TrainValidationParts,
+    trainer: PromptTrainer,
 ) -> None:
     """Writes metrics, pictures and exports of what is in `weights` to the output folder, and prints their paths."""
     output, validation, prompting = settings.folder, trainer.eval_dataset, trainer.prompting
     (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    card(settings.model, metrics, is_adapter=weights.name == "adapter").save(weights / "README.md")
+    is_adapter = weights.name == "adapter"
+
+    def write_card(folder: Path, kind: Kind, repo_id: str | None = None) -> None:
+        card(settings.model, made_of, metrics, kind, repo_id).save(folder / "README.md")
+        for file in made_of.licence.files:
+            shutil.copyfile(made_of.folder / file, folder / file)
+
+    write_card(weights, "adapter" if is_adapter else "split model", settings.training.hub_model_id)
     before, after = metrics["before"]["iou"], metrics["after"]["iou"]
     print(f"Mean IoU on the validation objects: {before:.3f} before, {after:.3f} after.")
     if not metrics["better_than_base"]:
         print(f"Warning: {worse_than_base(metrics)}")
     print(f"{weights.name.capitalize()}: {weights}")
+    if is_adapter and is_stock(made_of):
+        print(f"Its base, {made_of.title}, is a stock SAM: README.md beside the adapter says how to load it.")
 
     base, processor = load_base(settings.model.base, settings.model.revision, image_size=settings.model.image_size)
     shown = np.unique(np.linspace(0, len(validation) - 1, NUM_PICTURES).astype(int)).tolist()
     masks = {"before": [predict(base, validation, index, prompting)[0] for index in shown]}
     model = trained(base, weights).eval()
-    if weights.name == "model":
+    if is_adapter:
+        complete_adapter(weights, made_of, processor)
+    else:
         processor.save_pretrained(weights)
+        keep_known_settings(weights)
     how_to_segment = segmentation_settings(settings)
     sweep = sweep_thresholds(
         Predictor(model.to(settings.training.device), processor),
@@ -70,12 +96,18 @@ def write_results(
     if "merged" in settings.output.export:
         with staged(output / "merged", "split model", force=True) as target:
             model.save_pretrained(target)
+            keep_known_settings(target)
             processor.save_pretrained(target)
+            sweep.settings.save(target)
+            write_card(target, "split model")
         print(f"Merged: {output / 'merged'}")
     if "stock" in settings.output.export:
         with staged(output / "sam", "stock model", force=True) as target:
             model.to_sam().save_pretrained(target)
+            keep_known_settings(target)
             processor.save_pretrained(target)
+            sweep.settings.save(target)
+            write_card(target, "stock model")
         stock = SamModel.from_pretrained(output / "sam").eval()
         pairs = [[predict(each, validation, index, prompting) for each in (model, stock)] for index in shown]
         same = all(np.array_equal(ours, theirs) for (ours, _), (theirs, _) in pairs)
@@ -85,23 +117,34 @@ def write_results(
             f"logits differ by {error:.1e} at most, relative to the largest."
         )
     if settings.training.hub_model_id:
-        push(weights, settings.training.hub_model_id, settings.training)
+        push(weights, settings.training)
 
 
-def worse_than_base(metrics: dict[str, Any]) -> str:
-    """A sentence."""
-    name = metrics["selected_by"]
-    return (
-        f"no checkpoint is better than the base by {name.replace('_', ' ')}: {metrics['before'][name]:.3f} before, "
-        f"{metrics['after'][name]:.3f} after. Train with more images, for more steps, or with a lower --learning-rate."
-    )
+def complete_adapter(adapter: Path, base: Base, processor: SamProcessor) -> None:
+    """Adds to an adapter what loading it takes: the processor and, if its base is stock SAM, the code."""
+    processor.save_pretrained(adapter)
+    if is_stock(base):
+        for file in ROOT.glob("*_sam_split.py"):
+            shutil.copyfile(file, adapter / file.name)
+        shutil.copyfile(ROOT / "LICENSE", adapter / CODE_LICENCE)
 
 
-def push(folder: Path, repo_id: str, settings: TrainingSettings) -> None:
-    """Uploads `folder` to a model repo, which is created if missing."""
-    hub = HfApi(token=settings.hub_token)
-    hub.create_repo(repo_id, private=settings.hub_private_repo, exist_ok=True)
-    print(f"Uploaded: {hub.upload_folder(repo_id=repo_id, folder_path=folder, revision=settings.hub_revision)}")
+def destination_of(settings: TrainingSettings) -> tuple[HfApi, Destination]:
+    """Returns the Hub, with the token, and the repo to upload to."""
+    private = bool(settings.hub_private_repo)
+    destination = Destination(str(settings.hub_model_id), "Fine-tuned", private, settings.hub_revision)
+    return HfApi(token=settings.hub_token or get_token()), destination
+
+
+def push(folder: Path, settings: TrainingSettings) -> None:
+    """Uploads `folder` to a model repo, which is made if missing, and compares it with what the Hub gives back.
+
+    Raises:
+        PushError: If the Hub refuses, or gives back something else.
+    """
+    hub, destination = destination_of(settings)
+    commit = push_files(hub, destination, folder, check_destination(hub, destination), PATTERNS)
+    print(f"Uploaded: {commit.repo_url}, commit {commit.oid}")
 
 
 @torch.no_grad()
@@ -134,36 +177,3 @@ def picture_row(
     else:
         row["boxes"] = scale * item["input_boxes"].numpy()
     return {**row, "masks": {"ground truth": np.array([mask_of(labels, label) for label in ids]), **masks}}
-
-
-def card(settings: ModelSettings, metrics: dict[str, Any], is_adapter: bool) -> ModelCard:
-    """Returns the model card: data, settings and metrics."""
-    base = Path(settings.base).name if Path(settings.base).is_dir() else settings.base
-    data = ModelCardData(
-        base_model=None if Path(settings.base).is_dir() else settings.base,
-        library_name="peft" if is_adapter else "transformers",
-        pipeline_tag="mask-generation",
-        tags=["segment-anything", "sam", *(["lora"] if is_adapter else ["custom_code"])],
-    )
-    rows = [
-        f"| {name.replace('_', ' ')} | {metrics['before'][name]:.3f} | {metrics['after'][name]:.3f} |"
-        for name in metrics["before"]
-        if name not in ("loss", "objects")
-    ]
-    lines = [
-        f"---\n{data.to_yaml()}\n---",
-        f"# {base}, fine-tuned",
-        f"{'Adapter for the split SAM of' if is_adapter else 'Split SAM, from'} `{base}`"
-        f"{f', revision `{settings.revision}`' if settings.revision else ''}. Data: {metrics['data']}, "
-        f"{metrics['objects']['train']} training objects, {metrics['objects']['validation']} validation objects.",
-        *(
-            [f"Images are scaled to a side of {side} pixels: load the base with `image_size={side}`."]
-            if (side := settings.image_size)
-            else []
-        ),
-        f"Best of {metrics['steps']} steps, prompts: {metrics['prompts']}. On the validation objects, at the "
-        "resolution of the model's masks:",
-        *([] if metrics["better_than_base"] else [f"**Do not use it:** {worse_than_base(metrics)}"]),
-        "\n".join(["| | before | after |", "|---|---|---|", *rows]),
-    ]
-    return ModelCard("\n\n".join(lines) + "\n")

@@ -11,6 +11,7 @@ from checkpoint_tools.outputs import locked, read_marker, staged
 
 from .data_summary import FILE, PICTURE, DataSummary
 from .options import write_file
+from .resuming import earlier_settings, last_checkpoint
 from .samples import TrainValidationParts
 from .settings import Settings, SettingsError
 
@@ -32,6 +33,7 @@ NOT_IN_FINGERPRINT = {
         "run_name",
     ),
     *("push_to_hub", "hub_model_id", "hub_token", "hub_private_repo", "hub_revision", "disable_tqdm"),
+    *("license", "license_name", "license_link"),
 }
 NOT_REPEATED = {"check", "resume", "force", "hub_token"}
 
@@ -45,11 +47,14 @@ def opened_run(settings: Settings, parts: TrainValidationParts, is_main: bool) -
         FileExistsError: If the folder is in use, or belongs to something else.
     """
     if not is_main:
-        yield checkpoint_of(settings, parts)
+        checkpoint, _ = checkpoint_of(settings, parts)
+        yield checkpoint
         return
     settings.folder.mkdir(parents=True, exist_ok=True)
     with locked(settings.folder):
-        checkpoint = checkpoint_of(settings, parts)
+        checkpoint, damaged = checkpoint_of(settings, parts)
+        if damaged:
+            print(f"Not whole: {', '.join(damaged)}. The run goes on from {checkpoint or 'its beginning'}.")
         if not goes_on(settings):
             write_settings(settings, parts)
         yield checkpoint
@@ -95,32 +100,22 @@ def inputs(settings: Settings) -> tuple[str | Path | None, ...]:
     return settings.data.images, settings.data.masks, settings.data.coco, settings.model.base
 
 
-def checkpoint_of(settings: Settings, parts: TrainValidationParts) -> str | None:
-    """Returns the last checkpoint of the run that is resumed, if any.
+def checkpoint_of(settings: Settings, parts: TrainValidationParts) -> tuple[str | None, list[str]]:
+    """Returns the last whole checkpoint of the run that is resumed, if any, and the names of later, damaged ones.
 
     Raises:
         SettingsError: If that run had other settings, or its best checkpoint is gone.
     """
     output = settings.folder
     if not goes_on(settings):
-        return None
-    earlier, run = json.loads((output / FINGERPRINT).read_text()), fingerprint(settings, parts)
+        return None, []
+    earlier, run = earlier_settings(output / FINGERPRINT), fingerprint(settings, parts)
     names = [*run, *(name for name in earlier if name not in run)]
     if changed := [name for name in names if run.get(name) != earlier.get(name)]:
         differences = ", ".join(f"{name} {earlier.get(name)} then and {run.get(name)} now" for name in changed)
         raise SettingsError(f"--resume: {output} was started with other settings: {differences}.")
-    # trainer_state.json is written last: a checkpoint without it is incomplete.
-    complete = [state.parent for state in output.glob("checkpoint-*/trainer_state.json")]
-    if not complete:
-        return None
-    last = max(complete, key=lambda folder: int(folder.name.split("-")[1]))
-    best = json.loads((last / "trainer_state.json").read_text())["best_model_checkpoint"]
-    if best and not Path(best).is_dir():  # otherwise transformers would silently export the last weights
-        raise SettingsError(
-            f"--resume: the best checkpoint {best} does not exist: move {output} back, or run from the original "
-            "working directory."
-        )
-    return str(last)
+    checkpoint, damaged = last_checkpoint(output)
+    return str(checkpoint) if checkpoint else None, damaged
 
 
 def fingerprint(settings: Settings, parts: TrainValidationParts) -> dict[str, Any]:

@@ -198,6 +198,9 @@ class OutputSettings:
         help="whole models to write: merged, and stock SAM",
         metadata={"choices": ("merged", "stock")},
     )
+    license: str | None = HfArg(default=None, help="licence of the base's weights, if its card names none")
+    license_name: str | None = HfArg(default=None, help="its name, for --license other")
+    license_link: str | None = HfArg(default=None, help="URL of its text")
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,12 @@ os.environ.update(HF_HOME=_home.name, HF_MODULES_CACHE=f"{_home.name}/modules", 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests put inputs on the CPU
 os.environ["OMP_NUM_THREADS"] = "1"  # threads only slow such tiny models down
 
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from hub import Hub, serve  # noqa: E402
 from huggingface_hub import constants  # noqa: E402
+from labelled_images import blocks, save_pair  # noqa: E402
 from packaging.version import Version  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from torch import nn  # noqa: E402
@@ -212,6 +214,18 @@ def split_dir(stock_dir: Path, processor: SamProcessor, tmp_path_factory: pytest
     split_class().from_pretrained(stock_dir).save_pretrained(path)
     processor.save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Six images with masks; the arguments that name them."""
+    folder = tmp_path_factory.mktemp("photos")
+    for number in range(6):
+        labels = np.roll(blocks(), number, axis=1)
+        if number % 2:  # processes validate on different numbers of objects
+            labels[labels == 300] = 0
+        save_pair(folder, f"photo{number}", labels)
+    return ["--images", str(folder / "images"), "--masks", str(folder / "masks"), "--validation", "0.5"]
 
 
 @pytest.fixture

@@ -6,14 +6,14 @@ import math
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from conftest import assert_same_outputs
+from conftest import CODE_FILES, assert_same_outputs
 from labelled_images import blocks, save_pair
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -27,6 +27,7 @@ from finetuning.losses import MaskMetrics, object_scores
 from finetuning.model import load_base, trained
 from finetuning.prompts import ItemEncoder, Prompts, ValidationSet
 from finetuning.recipe import read_data
+from finetuning.resuming import last_checkpoint
 from finetuning.rounds import Prompting
 from finetuning.segmentation_settings import SegmentationSettings
 
@@ -37,6 +38,11 @@ pytestmark = [
 ]
 
 MASK_SIDE = 64  # of sam-tiny, as random weights would turn rounding errors into other masks
+ADAPTER_FILES = {  # of a stock base
+    *("adapter_config.json", "adapter_model.safetensors", "README.md", "segmentation.json", "processor_config.json"),
+    *CODE_FILES,
+    "LICENSE-code",
+}
 SMALL_RUN = [
     "--image-size",
     "128",
@@ -51,18 +57,6 @@ SMALL_RUN = [
     "--learning-rate",
     "0.01",
 ]
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Six images with masks; the arguments that name them."""
-    folder = tmp_path_factory.mktemp("photos")
-    for number in range(6):
-        labels = np.roll(blocks(), number, axis=1)
-        if number % 2:  # processes validate on different numbers of objects
-            labels[labels == 300] = 0
-        save_pair(folder, f"photo{number}", labels)
-    return ["--images", str(folder / "images"), "--masks", str(folder / "masks"), "--validation", "0.5"]
 
 
 def run(output: Path, *arguments: str) -> dict:
@@ -101,9 +95,7 @@ def test_leaves_everything_behind(whole_run):
         *("adapter", "merged", "sam", "checkpoint-2", "checkpoint-4"),
         *("run.yaml", "settings.json", "metrics.json", "curves.png", "masks.png", MARKER),
     }
-    assert {path.name for path in (output / "adapter").iterdir()} == {
-        *("adapter_config.json", "adapter_model.safetensors", "README.md", "segmentation.json"),
-    }
+    assert {path.name for path in (output / "adapter").iterdir()} == ADAPTER_FILES
     assert all((output / name).stat().st_size > 5000 for name in ("curves.png", "masks.png"))
     assert metrics["steps"] == 4
     assert sum(metrics["objects"].values()) == 6 * 6 - 3 and metrics["objects"]["validation"] % 3
@@ -146,17 +138,61 @@ def test_exported_stock_sam_gives_the_same_masks(whole_run):
         assert_same_outputs(AutoModel.from_pretrained(output / "merged", trust_remote_code=True)(**inputs), adapted)
 
 
-def test_resumed_equals_uninterrupted(whole_run, tmp_path):
+def test_resumed_equals_uninterrupted(whole_run, tmp_path, capsys):
     output, expected, arguments = whole_run
     shutil.copytree(output, tmp_path / "again")
     (tmp_path / "again" / "checkpoint-4" / "trainer_state.json").unlink()  # as if interrupted
     metrics = run(tmp_path / "again", *arguments, "--resume")
+    goes_on = f"Not whole: checkpoint-4. The run goes on from {tmp_path / 'again' / 'checkpoint-2'}."
+    assert goes_on in capsys.readouterr().out
     assert metrics["after"] == expected["after"]
     assert losses(metrics) == losses(expected)
     actual, weights = (
         load_file(path / "adapter" / "adapter_model.safetensors") for path in (tmp_path / "again", output)
     )
     assert all(torch.equal(actual[name], weights[name]) for name in weights)
+
+
+def damage(file: str, checkpoint: str = "checkpoint-4") -> Callable[[Path], object]:
+    def cut(output: Path) -> None:
+        path = next(output.glob(f"{checkpoint}/{file}"))
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+    return cut
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        damage("trainer_state.json"),
+        damage("adapter_model.safetensors"),
+        damage("optimizer.pt"),
+        lambda output: (output / "checkpoint-4" / "trainer_state.json").write_text("[]"),
+        lambda output: shutil.copytree(output / "checkpoint-4", output / "checkpoint-best"),
+    ],
+    ids=["state cut", "weights cut", "optimizer cut", "state is a list", "a copy named best"],
+)
+def test_resume_falls_back_to_the_last_whole_checkpoint(spoil, whole_run, tmp_path):
+    again = shutil.copytree(whole_run[0], tmp_path / "again")
+    spoil(again)
+    checkpoint, damaged = last_checkpoint(again)
+    if (again / "checkpoint-best").exists():
+        assert (checkpoint, damaged) == (again / "checkpoint-4", [])
+    else:
+        assert (checkpoint, damaged) == (again / "checkpoint-2", ["checkpoint-4"])
+    for folder in again.glob("checkpoint-*"):
+        (folder / "trainer_state.json").write_text("{")
+    checkpoint, damaged = last_checkpoint(again)
+    assert (checkpoint, damaged) == (None, ["checkpoint-4", "checkpoint-2"])
+
+
+@pytest.mark.parametrize("content", ['{"base": ', "[]", ""])
+def test_resume_refuses_damaged_settings(content, whole_run, tmp_path):
+    output, _, arguments = whole_run
+    again = shutil.copytree(output, tmp_path / "again")
+    (again / "settings.json").write_text(content)
+    with pytest.raises(SystemExit, match=r"settings\.json is damaged, .* start again with --force"):
+        run(again, *arguments, "--resume")
 
 
 def test_resume_refuses_a_lost_best_checkpoint(whole_run, tmp_path):
@@ -294,14 +330,16 @@ def test_other_ways_to_train(arguments, photos, tmp_path, capsys):
 
 @pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # huggingface_hub's own way of sending files
 def test_uploads_the_adapter_and_nothing_else(hub, photos, tmp_path):
-    run(tmp_path / "run", *photos, *SMALL_RUN, "--steps", "1", "--push-to-hub", "user/adapter")
+    hub.add("user/sam", SAM_TINY)
+    options = ["--base", "user/sam", "--steps", "1", "--push-to-hub", "user/adapter"]
+    run(tmp_path / "run", *photos, *SMALL_RUN, *options)
     adapter = tmp_path / "run" / "adapter"
     uploaded = hub.repos["user/adapter"].files()
     assert uploaded.pop(".gitattributes")
     assert uploaded == {path.name: path.read_bytes() for path in adapter.iterdir()}
-    assert uploaded.keys() == {
-        *("README.md", "adapter_config.json", "adapter_model.safetensors", "segmentation.json"),
-    }
+    assert uploaded.keys() == ADAPTER_FILES
+    config = json.loads(uploaded["adapter_config.json"])
+    assert (config["base_model_name_or_path"], config["revision"]) == ("user/sam", hub.repos["user/sam"].refs["main"])
 
 
 def test_upload_without_login_is_refused_before_training(photos, tmp_path):

@@ -1,0 +1,72 @@
+"""The checkpoint from which an interrupted run goes on."""
+
+import json
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from .settings import SettingsError
+
+
+def earlier_settings(file: Path) -> dict[str, Any]:
+    """Returns the settings that a run was started with.
+
+    Raises:
+        SettingsError: If the file is damaged.
+    """
+    settings = read_object(file)
+    if settings is None:
+        raise SettingsError(
+            f"--resume: {file} is damaged, so that the run may have had other settings: restore it, or start again "
+            "with --force."
+        )
+    return settings
+
+
+def last_checkpoint(output: Path) -> tuple[Path | None, list[str]]:
+    """Returns the last whole checkpoint in `output`, if there is one, and the names of later ones that are not whole.
+
+    Raises:
+        SettingsError: If the best checkpoint until then is not there.
+    """
+    numbered = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in output.glob("checkpoint-*")}
+    steps = {path: int(match[1]) for path, match in numbered.items() if match and path.is_dir()}
+    damaged = []
+    for path in sorted(steps, key=lambda path: steps[path], reverse=True):
+        state = read_object(path / "trainer_state.json")
+        if state is None or not all(map(is_whole, path.iterdir())):
+            damaged.append(path.name)
+            continue
+        best = state.get("best_model_checkpoint")
+        if best and not Path(best).is_dir():  # otherwise transformers would silently export the last weights
+            raise SettingsError(
+                f"--resume: the best checkpoint {best} does not exist: move {output} back, or run from the "
+                "original working directory."
+            )
+        return path, damaged
+    return None, damaged
+
+
+def is_whole(file: Path) -> bool:
+    """Whether a file of a checkpoint can be read to its end."""
+    if file.suffix == ".safetensors":
+        try:
+            with safe_open(file, framework="pt"):
+                return True
+        except SafetensorError:
+            return False
+    if file.suffix in (".pt", ".pth", ".bin"):
+        return zipfile.is_zipfile(file)
+    return file.suffix != ".json" or read_object(file) is not None
+
+
+def read_object(file: Path) -> dict[str, Any] | None:
+    """Returns the object in a JSON file, None if the file is damaged or missing."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
