@@ -1,8 +1,8 @@
 """Outputs of all commands: written whole or not at all, and never over something else.
 
 What a command writes is marked: a folder by the file `.sam-split-output`, which says what kind of output it is and
-which files belong to it; a PNG by its `Software` text; a zip archive, such as `torch.save` writes, by its comment.
-`--force` replaces nothing but a marked output of the same kind.
+which files belong to it; a zip archive, such as `torch.save` writes, by its comment. `--force` replaces nothing but a
+marked output of the same kind.
 """
 
 import contextlib
@@ -11,8 +11,6 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-
-from PIL.PngImagePlugin import PngInfo
 
 
 try:
@@ -72,9 +70,9 @@ def staged(
 def staged_file(
     destination: Path, kind: str, force: bool = False, sources: Iterable[str | Path | None] = ()
 ) -> Iterator[Path]:
-    """Yields a temporary path for a file, which is `destination` once the block has succeeded; else like `staged`.
+    """Yields a temporary path for a zip archive, which is `destination` once the block has succeeded; else as `staged`.
 
-    The block must mark what it writes: an archive with `mark_archive`, a PNG with `pnginfo=png_mark(kind)`.
+    The block must call `mark_archive`.
     """
     destination = destination.resolve()
     if destination.is_dir():
@@ -144,10 +142,10 @@ def is_marked(output: Path, kind: str) -> bool:
     """Whether `output` says that it is an output of this kind."""
     if output.is_dir():
         return read_marker(output).get("kind") == kind
+    mark = file_mark(kind).encode()
     with output.open("rb") as file:
-        begin = file.read(1024)
-        file.seek(-min(1024, output.stat().st_size), os.SEEK_END)
-        return file_mark(kind).encode() in begin + file.read()
+        file.seek(-min(len(mark), output.stat().st_size), os.SEEK_END)
+        return file.read() == mark
 
 
 def file_mark(kind: str) -> str:
@@ -170,13 +168,6 @@ def read_marker(folder: Path) -> dict:
     except (FileNotFoundError, ValueError):
         return {}
     return marker if isinstance(marker, dict) else {}
-
-
-def png_mark(kind: str) -> PngInfo:
-    """Returns the text that marks a PNG as an output of this kind."""
-    info = PngInfo()
-    info.add_text("Software", file_mark(kind))
-    return info
 
 
 def mark_archive(path: Path, kind: str) -> None:
