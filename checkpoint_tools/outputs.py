@@ -70,7 +70,7 @@ def staged(
 def staged_file(
     destination: Path, kind: str, force: bool = False, sources: Iterable[str | Path | None] = ()
 ) -> Iterator[Path]:
-    """Yields a temporary path for a zip archive, which is `destination` once the block has succeeded; else as `staged`.
+    """Yields a path for a zip archive, which is `destination` once the block has succeeded; else like `staged`.
 
     The block must call `mark_archive`.
     """

@@ -93,7 +93,7 @@ def test_leaves_everything_behind(whole_run):
     output, metrics, _ = whole_run
     assert {path.name for path in output.iterdir()} == {
         *("adapter", "merged", "sam", "checkpoint-2", "checkpoint-4"),
-        *("run.yaml", "settings.json", "metrics.json", "curves.png", "masks.png", MARKER),
+        *("run.yaml", "settings.json", "metrics.json", "data.json", "data.png", "curves.png", "masks.png", MARKER),
     }
     assert {path.name for path in (output / "adapter").iterdir()} == ADAPTER_FILES
     assert all((output / name).stat().st_size > 5000 for name in ("curves.png", "masks.png"))
