@@ -50,14 +50,14 @@ def one_line_errors(*expected: type[Exception], prefix: str = "", interrupted: s
 
 
 def explained(error: BaseException) -> str:
-    """Returns the message of an error, in one line; for errors of the disk, with what to do."""
+    """Returns the message of an error, in one line or, if it has `lines`, in these; for the disk, with what to do."""
     number, file = error_number(error), getattr(error, "filename", None)
     if number in REMEDIES:
         reason = NO_SPACE if number == errno.ENOSPC else os.strerror(number)
         return f"{f'{file}: ' if file else ''}{reason}: {REMEDIES[number]}."
     if isinstance(error, OSError) and error.strerror and file:
         return f"{file}: {error.strerror}."
-    return one_line(error) or type(error).__name__
+    return "\n".join(getattr(error, "lines", ())) or one_line(error) or type(error).__name__
 
 
 def error_number(error: BaseException) -> int | None:

@@ -25,7 +25,8 @@ class DataError(ValueError):
     def __init__(self, problems: Iterable[str], most: int = 20):
         problems = list(problems)
         more = [f"and {len(problems) - most} more"] if len(problems) > most else []
-        super().__init__("\n".join([*problems[:most], *more]))
+        self.lines = [*problems[:most], *more]
+        super().__init__("\n".join(self.lines))
 
 
 @dataclass(frozen=True)

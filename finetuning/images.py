@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import numpy as np
+from PIL import UnidentifiedImageError
+from tifffile import TiffFileError
 
 from .decoding import (
     ImageReading,
@@ -131,7 +133,14 @@ def number_of_pages(path: Path, reading: ImageReading) -> int:
         with open_image(path, reading) as file:
             return page_count(file)
     except Exception as error:  # decoders raise many exception types
-        raise ValueError(f"{path}: cannot be read: {error}") from error
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: Path, error: Exception) -> ValueError:
+    """Returns an error that says why a file cannot be read."""
+    is_no_image = isinstance(error, UnidentifiedImageError | TiffFileError)
+    reason = "it is damaged, or no image of the kind that its name says" if is_no_image else error
+    return ValueError(f"{path}: cannot be read: {reason}{'' if str(reason).endswith('.') else '.'}")
 
 
 def read_pixels(path: Path, reading: ImageReading, page: int | None = None, as_labels: bool = False) -> Pixels:
@@ -149,4 +158,4 @@ def read_pixels(path: Path, reading: ImageReading, page: int | None = None, as_l
                 raise ValueError("it has 16 bits per colour; save it as TIFF, or with 8.")
             return pillow_pixels(file, index, as_labels)
     except Exception as error:  # decoders raise many exception types
-        raise ValueError(f"{path}: cannot be read: {error}") from error
+        raise unreadable(path, error) from error

@@ -6,13 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from labelled_images import blocks, save_pair
 from PIL import Image
 
 import finetune
+from checkpoint_tools.staging import ROOT
 from finetuning.caching import ImageCache
+from finetuning.decoding import ImageReading
 from finetuning.overlays import COLOURS
 from finetuning.samples import CACHE, train_validation_parts
+from finetuning.segmentation_settings import SegmentationSettings
 from finetuning.sources import LabelledImage, Source
 
 
@@ -74,6 +78,7 @@ def test_the_picture_outlines_the_objects_that_are_used(photos, tmp_path):
     assert is_outline.any() and not is_outline[~inside].any()
 
 
+@pytest.mark.slow
 def test_a_run_may_follow_in_the_same_folder_but_a_check_replaces_no_run(photos, tmp_path, capsys):
     check(photos, tmp_path / "out")
     assert check(photos, tmp_path / "out", "--validation", "0.4")["images"] == {"train": 3, "validation": 2}
@@ -85,6 +90,7 @@ def test_a_run_may_follow_in_the_same_folder_but_a_check_replaces_no_run(photos,
     assert "is not empty" in str(exit_.value)
 
 
+@pytest.mark.slow
 def test_tiles_are_advised_where_objects_are_tiny(tmp_path, capsys):
     for number in range(3):
         labels = np.zeros((900, 900), dtype=int)
@@ -174,3 +180,37 @@ def test_cropping_costs_less_than_decoding(tmp_path, processor):
 
     decoding = seconds(lambda _: np.asarray(Image.open(tmp_path / "a.jpg").convert("RGB")))
     assert seconds(lambda number: items.crop(sample, np.random.default_rng(number))) < decoding
+
+
+def test_the_documentation_shows_what_is_printed(tmp_path, capsys):
+    finetune.main(["--check", "--output", str(tmp_path / "out")])
+    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    shown = page.split("```text\n")[1].split("```")[0]
+    assert shown in capsys.readouterr().out
+
+
+def test_all_problems_are_listed_and_nothing_is_written(tmp_path):
+    for stem in ("good", "text", "size"):
+        save_pair(tmp_path, stem, blocks())
+    (tmp_path / "images" / "text.png").write_text("no image")
+    Image.fromarray(blocks(40, 44).astype(np.uint16)).save(tmp_path / "masks" / "size.png")
+    with pytest.raises(SystemExit) as exit_:
+        check(tmp_path, tmp_path / "out")
+    lines = sorted(str(exit_.value).splitlines())
+    assert len(lines) == 2
+    assert "size.png: expected a mask of 48 x 40 pixels" in lines[0] and "text.png: cannot be read" in lines[1]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_how_images_are_read_is_stored_with_the_weights(tmp_path):
+    for number in range(3):
+        image, _ = save_pair(tmp_path, f"photo{number}", blocks())
+        pixels = np.dstack([blocks() * 3, blocks(), blocks() * 2]).astype(np.uint16)
+        tifffile.imwrite(image.with_suffix(".tif"), pixels, photometric="minisblack", planarconfig="contig")
+        image.unlink()
+    options = ["--images", f"{tmp_path}/images", "--masks", f"{tmp_path}/masks", "--output", f"{tmp_path}/out"]
+    options += ["--channels", "3", "1", "--intensity", "min-max"]
+    finetune.main([*options, "--steps", "1", "--image-size", "64", "--objects", "2"])
+    reading = SegmentationSettings.load(tmp_path / "out" / "adapter").reading
+    assert reading == ImageReading((3, 1), None, "min-max")

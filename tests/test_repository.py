@@ -27,6 +27,7 @@ README = PAGES["README.md"]
 WITHOUT_BLOCKS = {page: re.sub(r"^ *```.*?^ *```", "", text, flags=re.M | re.S) for page, text in PAGES.items()}
 # What commands write, and what is elsewhere: the documentation names it, but no checkout has it.
 NOT_IN_A_CHECKOUT = {
+    "data.json",
     "metrics.json",
     "run.yaml",
     "segmentation.json",
