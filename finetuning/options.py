@@ -22,9 +22,11 @@ from .settings import (
     SettingsError,
     TrainingSettings,
 )
+from .source_settings import SourceSettings
 
 
 GROUPS = (DataSettings, PromptSettings, ModelSettings, OutputSettings, TrainingSettings)
+OWN = [name for group in (SourceSettings, *GROUPS) for name in group.__annotations__]  # not those of TrainingArguments
 # 4 images a step in each, so that the result differs only by precision.
 PRESETS = {
     "8gb": ["--batch-size", "1", "--accumulate", "4", "--bf16", "--gradient-checkpointing"],
@@ -106,11 +108,10 @@ def kept(options: dict[str, Any]) -> dict[str, Any]:
     Paths are absolute, since the file is read from any folder.
     """
     stock = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
-    own = {name for group in GROUPS for name in group.__annotations__}
     return {
         name: absolute(name, value)
         for name, value in options.items()
-        if value not in (None, []) and (name in own or value != stock[name])
+        if value not in (None, []) and (name in OWN or value != stock[name])
     }
 
 
@@ -131,8 +132,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
     def add_arguments(self, actions: Iterable[argparse.Action]) -> None:
         """Adds the options of a group."""
-        own = [name for group in GROUPS for name in group.__annotations__]
-        places = {name: place for place, name in enumerate(own)}
+        places = {name: place for place, name in enumerate(OWN)}
         super().add_arguments(sorted(actions, key=lambda action: places.get(action.dest, len(places))))
 
     def _format_action_invocation(self, action: argparse.Action) -> str:

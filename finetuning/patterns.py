@@ -38,6 +38,11 @@ class Pattern:
         matches = (re.fullmatch(self.expression(quantifier), path, re.IGNORECASE) for quantifier in ("+", "+?"))
         return list(dict.fromkeys(match["folder"] + match["key"] for match in matches if match))
 
+    def value(self, path: str) -> str | None:
+        """Returns the field of a path, as short as it can be and without the folders; None if the path differs."""
+        match = re.fullmatch(self.expression("+?"), unicodedata.normalize("NFC", path), re.IGNORECASE)
+        return match and match["key"]
+
     def expression(self, quantifier: str) -> str:
         """The pattern as a regular expression; the quantifier tells whether the field is as long as it can be."""
         special = {f"{{{self.field}}}": f"(?P<key>[^/]{quantifier})", "*": "[^/]*"}

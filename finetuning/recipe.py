@@ -15,15 +15,14 @@ from checkpoint_tools.licences import Licence
 from checkpoint_tools.pushing import check_destination
 from checkpoint_tools.sources import fetch
 
-from .coco import coco_images
 from .data_summary import PICTURE, DataSummary
-from .folders import paired_files
+from .layouts import read_parts
 from .model import four_bits, load_base, make_trainable
+from .prompts import ValidationSet
 from .results import destination_of, write_results
 from .runs import opened_run, write_check
-from .samples import TrainValidationParts, train_validation_parts
+from .samples import Sample, TrainValidationParts, train_validation_parts
 from .settings import DataSettings, Settings, SettingsError
-from .sources import Coins, SourceList
 from .training import PromptTrainer, build_trainer, metrics_of
 
 
@@ -74,6 +73,9 @@ def finetune(settings: Settings) -> None:
             say(f"Pictures of the data: {settings.folder / PICTURE}")
         trainer = build_trainer(settings, model, processor, parts, mask_side)
         metrics = facts | train(trainer, checkpoint)
+        if parts.test:
+            metrics["test"] = test(trainer, parts.test)
+            say(f"Mean IoU on the {metrics['test']['objects']:.0f} test objects: {metrics['test']['iou']:.3f}.")
         weights = settings.folder / ("adapter" if isinstance(model, PeftModel) else "model")
         trainer.save_model(str(weights))  # on all ranks: each may hold a shard
         if is_main:
@@ -132,6 +134,12 @@ def base_of(settings: Settings) -> Base:
     return base
 
 
+def test(trainer: PromptTrainer, samples: list[Sample]) -> dict[str, float]:
+    """Returns the metrics of the weights that were chosen, on images that took no part in the choice."""
+    dataset = ValidationSet(samples, trainer.eval_dataset.encode, seed=trainer.args.seed)
+    return metrics_of(trainer.predict(dataset, metric_key_prefix="eval").metrics)
+
+
 def require_login(token: str | None) -> None:
     """Checks before training that the Hub accepts the token.
 
@@ -147,24 +155,24 @@ def require_login(token: str | None) -> None:
 
 
 def read_data(settings: DataSettings, mask_side: int, seed: int) -> tuple[TrainValidationParts, str]:
-    """Returns the samples, and a sentence that describes them."""
-    if settings.images and settings.coco:
-        found = coco_images(settings.images, settings.coco, reading=settings.image_reading)
-    elif settings.images and settings.masks:
-        found = paired_files(
-            settings.images, settings.masks, reading=settings.image_reading, labels=settings.label_reading
-        )
-    else:
-        found = SourceList([Coins()])
-    sources = found.sources
-    validation = settings.validation or (0.5 if len(sources) == 1 else 0.2)
+    """Returns the samples, and a few words on what they are."""
+    found = read_parts(settings)
+    validation = settings.validation or (0.5 if len(found.train.sources) == 1 else 0.2)
     parts = train_validation_parts(
-        sources, mask_side, validation, settings.tile, settings.overlap, settings.min_area, seed
+        found.train.sources,
+        mask_side,
+        validation,
+        settings.tile,
+        settings.overlap,
+        settings.min_area,
+        seed,
+        own_validation=found.validation.sources if found.validation else (),
+        test=found.test.sources if found.test else (),
     )
-    parts.left_out = found.left_out + parts.left_out
-    parts.notes[:0] = found.notes
-    number = "1 image" if len(sources) == 1 else f"{len(sources)} images"
-    return parts, f"{number} from {settings.images.name}" if settings.images else "A photograph of coins"
+    for part in found.given.values():
+        parts.left_out += part.left_out
+    parts.notes[:0] = [note for part in found.given.values() for note in part.notes]
+    return parts, found.about or "A photograph of coins"
 
 
 def parameter_counts(model: torch.nn.Module) -> tuple[int, int]:

@@ -95,9 +95,9 @@ def holds_a_check_alone(folder: Path) -> bool:
     return read_marker(folder).get("files") == sorted([FILE, PICTURE])
 
 
-def inputs(settings: Settings) -> tuple[str | Path | None, ...]:
+def inputs(settings: Settings) -> list[str | Path]:
     """What a run reads, and may not replace."""
-    return settings.data.images, settings.data.masks, settings.data.coco, settings.model.base
+    return [*settings.data.paths, settings.model.base]
 
 
 def checkpoint_of(settings: Settings, parts: TrainValidationParts) -> tuple[str | None, list[str]]:

@@ -1,7 +1,7 @@
 """Divides the data into training and validation samples: images, or tiles of images."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -48,6 +48,7 @@ class TrainValidationParts:
     Args:
         train: Samples to learn from.
         validation: Samples to validate on.
+        test: Samples to test on, after training.
         left_out: How many objects, images and tiles are left out, by reason.
         notes: Further remarks on how the data was read.
     """
@@ -56,6 +57,7 @@ class TrainValidationParts:
     validation: list[Sample]
     left_out: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
+    test: list[Sample] = field(default_factory=list)
 
 
 def train_validation_parts(
@@ -66,6 +68,8 @@ def train_validation_parts(
     overlap: float = 0.25,
     min_area: int = 4,
     seed: int = 0,
+    own_validation: Sequence[Source] = (),
+    test: Sequence[Source] = (),
 ) -> TrainValidationParts:
     """Reads everything once, keeps whole images for validation, and cuts all into tiles.
 
@@ -79,27 +83,31 @@ def train_validation_parts(
         overlap: Share of a tile that the next one shows too.
         min_area: Objects that show less than this many pixels, of the masks that the model predicts, are left out.
         seed: Of the choice of images.
+        own_validation: Other sources to validate on, instead of a share.
+        test: Sources to test on, after training.
 
     Raises:
         DataError: If there is something wrong with any of the files, or nothing is left to learn from or validate on.
     """
-    held_out = set(np.random.default_rng(seed).permutation(len(sources))[: max(1, round(validation * len(sources)))])
-    samples: dict[bool, list[Sample]] = {False: [], True: []}
+    names = [*divided(sources, 0 if own_validation else validation, seed), *["validation"] * len(own_validation)]
+    names += ["test"] * len(test)
+    samples: dict[str, list[Sample]] = {"train": [], "validation": [], "test": []}
     left_out, notes, problems = Counter[str](), Counter[str](), []
-    for index, source in enumerate(tqdm(sources, desc="Reading", unit="image", disable=len(sources) < 50)):
+    every = [*sources, *own_validation, *test]
+    for source, name in zip(tqdm(every, "Reading", unit="image", disable=len(every) < 50), names, strict=True):
         try:
             whole = checked(source)
             height, width = whole.image.shape[:2]
-            parts: dict[bool, Window] = {index in held_out: (slice(0, height), slice(0, width))}
+            parts: dict[str, Window] = {name: (slice(0, height), slice(0, width))}
             spanning = np.zeros(0, dtype=int)
-            if len(sources) == 1:
+            if name == "train" and len(sources) == 1 and not own_validation:
                 parts = halves((height, width), validation)
                 in_training, in_validation = (areas_of(whole.labels[..., *part])[0] for part in parts.values())
                 spanning = np.intersect1d(in_training, in_validation)
                 left_out[BETWEEN_PARTS] += len(spanning)
-            for is_validation, part in parts.items():
+            for part_name, part in parts.items():
                 windows = tiles(part, tile, overlap)
-                samples[is_validation] += samples_of(source, whole, windows, mask_side, min_area, spanning, left_out)
+                samples[part_name] += samples_of(source, whole, windows, mask_side, min_area, spanning, left_out)
         except (ValueError, OSError) as error:
             problems.append(str(error))
             continue
@@ -108,12 +116,46 @@ def train_validation_parts(
     if problems:
         raise DataError(problems)
     found = TrainValidationParts(
-        samples[False], samples[True], +left_out, [f"{number} {what}" for what, number in notes.items()]
+        samples["train"],
+        samples["validation"],
+        +left_out,
+        [f"{number} {what}" for what, number in notes.items()],
+        samples["test"],
     )
-    for purpose, is_validation in (("training", False), ("validation", True)):
-        if not samples[is_validation]:
+    for purpose, name in (("training", "train"), ("validation", "validation"), ("test", "test")):
+        if not samples[name] and (name != "test" or test):
             raise DataError([f"No {purpose} objects left. {advice(found)}", *lines(found.left_out), *found.notes])
     return found
+
+
+def divided(sources: Sequence[Source], validation: float, seed: int) -> list[str]:
+    """Returns `train` or `validation` for each source. The sources of a group go together; a single one is for both.
+
+    Args:
+        sources: What to divide.
+        validation: Share to keep for validation; 0 for none.
+        seed: Of the choice.
+
+    Raises:
+        DataError: If all are of one group.
+    """
+    names = ["train"] * len(sources)
+    if len(sources) == 1 or not validation:
+        return names
+    groups: dict[str, list[int]] = {}
+    for index, source in enumerate(sources):
+        groups.setdefault(str(index) if source.group is None else f"group {source.group}", []).append(index)
+    if len(groups) == 1:
+        group = sources[0].group
+        raise DataError(
+            [f"All images are of one group, {group}: nothing is left to validate on. Change --group-pattern."]
+        )
+    wanted, members = max(1, round(validation * len(sources))), list(groups.values())
+    for place in np.random.default_rng(seed).permutation(len(members))[:-1]:
+        if names.count("validation") < wanted:
+            for index in members[place]:
+                names[index] = "validation"
+    return names
 
 
 BETWEEN_PARTS = "objects cross the border between training and validation part and are left out of both"
@@ -186,14 +228,14 @@ def checked(source: Source) -> LabelledImage:
     return whole
 
 
-def halves(size: tuple[int, int], validation: float) -> dict[bool, Window]:
-    """Returns the training (False) and validation (True) parts of one image, cut across its longer side."""
+def halves(size: tuple[int, int], validation: float) -> dict[str, Window]:
+    """Returns the training and validation parts of one image, cut across its longer side."""
     height, width = size
     if width >= height:
         cut = round(width * (1 - validation))
-        return {False: (slice(0, height), slice(0, cut)), True: (slice(0, height), slice(cut, width))}
+        return {"train": (slice(0, height), slice(0, cut)), "validation": (slice(0, height), slice(cut, width))}
     cut = round(height * (1 - validation))
-    return {False: (slice(0, cut), slice(0, width)), True: (slice(cut, height), slice(0, width))}
+    return {"train": (slice(0, cut), slice(0, width)), "validation": (slice(cut, height), slice(0, width))}
 
 
 def tiles(part: Window, side: int | None, overlap: float) -> Iterator[Window]:

@@ -12,6 +12,7 @@ from .checks import SettingsError, require_at_least, require_share
 from .decoding import MAX_PIXELS, ImageReading
 from .labels import LabelReading
 from .rounds import Prompting
+from .source_settings import SourceSettings
 from .training_settings import TrainingSettings
 
 
@@ -20,8 +21,8 @@ OTHER_METRICS = ("dice", "share_over_iou_0.5", "share_over_iou_0.75", "iou_head_
 
 
 @dataclass
-class DataSettings:
-    """Images, the objects in them, and how they are divided.
+class DataSettings(SourceSettings):
+    """Images, the objects in them, how both are read, and how they are divided.
 
     Raises:
         SettingsError: If a setting is out of range, or two contradict each other.
@@ -29,11 +30,6 @@ class DataSettings:
 
     _argument_group_name: ClassVar[str] = "data"
 
-    images: Path | None = HfArg(
-        default=None, help="folder of PNG, JPEG, TIFF, BMP or WebP images (a photograph of coins)"
-    )
-    masks: Path | None = HfArg(default=None, help="folder of PNG, TIFF, BMP or WebP label images, named as the images")
-    coco: Path | None = HfArg(default=None, help="COCO annotations of the images, instead of masks")
     validation: float | None = HfArg(
         default=None, help="share held out for validation (0.2 of the images, or 0.5 of a single image)"
     )
@@ -68,14 +64,13 @@ class DataSettings:
     turn_masks: bool = HfArg(default=False, help="turn masks with their images, as the images' EXIF orientation says")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _ = self.image_reading, self.label_reading  # raise errors
-        if self.coco and self.masks:
-            raise SettingsError("--masks and --coco are both given: expected one of them.")
-        if bool(self.images) != bool(self.coco or self.masks):
-            raise SettingsError("expected --images together with --masks or --coco, or none of them for the coins.")
         if "none" in self.augment and len(self.augment) > 1:
             raise SettingsError(f"--augment {' '.join(self.augment)}: expected none, or others.")
         require_share(self, "validation", above_0=True)
+        if self.validation and (self.validation_images or self.validation_coco):
+            raise SettingsError("--validation is a share of the images, and --validation-... are given: expected one.")
         if not 0 <= self.overlap <= 0.9:
             raise SettingsError(f"--overlap {self.overlap}: expected a share from 0 to 0.9.")
         require_at_least(1, self, "tile")

@@ -38,9 +38,15 @@ class LabelledImage:
 
 
 class Source(ABC):
-    """A source of one image and its labels."""
+    """A source of one image and its labels.
+
+    Args:
+        name: How notes and errors name it.
+        group: Sources of one group are not divided between training and validation; None for no group.
+    """
 
     name: str
+    group: str | None = None
 
     @abstractmethod
     def read(self) -> LabelledImage:

@@ -1,0 +1,79 @@
+"""The settings that say where images and objects come from."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from transformers.hf_argparser import HfArg
+
+from .decoding import DataError
+from .patterns import Pattern
+
+
+@dataclass
+class SourceSettings:
+    """Files, folders or a data set, and which of their images are for training, validation and test.
+
+    Raises:
+        DataError: If two settings contradict each other, or one lacks another.
+    """
+
+    _argument_group_name: ClassVar[str] = "data"
+
+    images: Path | None = HfArg(
+        default=None, help="folder of PNG, JPEG, TIFF, BMP or WebP images, and of folders of them (a photo of coins)"
+    )
+    masks: Path | None = HfArg(default=None, help="folder of PNG, TIFF, BMP or WebP label images, named as the images")
+    coco: Path | None = HfArg(
+        default=None, help="COCO annotations of the images, instead of masks: a file, or a folder with train*.json ..."
+    )
+    image_pattern: str | None = HfArg(default=None, help="which files are images, as in {stem}_img.png (all)")
+    mask_pattern: str | None = HfArg(
+        default=None, help="how masks are named, as in {stem}_mask.png; {stem}/*.png if each file is one object"
+    )
+    color_masks: bool = HfArg(default=False, help="each colour in the masks but black is an object")
+    categories: list[str] = HfArg(default_factory=list, help="names of the COCO categories to use (all)")
+    group_pattern: str | None = HfArg(
+        default=None, help="names of images that must not be divided, as in {group}_* or {group}/*"
+    )
+    validation_images: Path | None = HfArg(default=None, help="images to validate on, instead of a share")
+    validation_masks: Path | None = HfArg(default=None, help="their masks")
+    validation_coco: Path | None = HfArg(default=None, help="their COCO annotations")
+    test_images: Path | None = HfArg(default=None, help="images to test on, once, after training")
+    test_masks: Path | None = HfArg(default=None, help="their masks")
+    test_coco: Path | None = HfArg(default=None, help="their COCO annotations")
+
+    def __post_init__(self) -> None:
+        if self.coco and self.masks:
+            raise DataError(["--masks and --coco are both given: expected one of them."])
+        if bool(self.images) != bool(self.coco or self.masks):
+            raise DataError(["expected --images together with --masks or --coco, or none of them for the coins."])
+        for name in ("image_pattern", "mask_pattern", "color_masks"):
+            if getattr(self, name) and not self.masks:
+                raise DataError([f"--{name.replace('_', '-')}: expected --masks, too."])
+        if self.mask_pattern and "*" in self.mask_pattern.removesuffix(".*") and self.color_masks:
+            raise DataError(["--color-masks: a * in --mask-pattern stands for files of one object each."])
+        if self.categories and not self.coco:
+            raise DataError(["--categories: expected --coco, too."])
+        for text, name in ((self.image_pattern, "stem"), (self.mask_pattern, "stem"), (self.group_pattern, "group")):
+            if text is not None:
+                Pattern(text, name)
+        for part in ("validation", "test"):
+            self._check_part(part)
+
+    @property
+    def paths(self) -> list[Path]:
+        """All files and folders that are read."""
+        return [value for name in SourceSettings.__annotations__ if isinstance(value := getattr(self, name), Path)]
+
+    def _check_part(self, part: str) -> None:
+        """Raises an error if the files of a part are incomplete."""
+        images, masks, coco = (getattr(self, f"{part}_{name}") for name in ("images", "masks", "coco"))
+        if not (images or masks or coco):
+            return
+        if not self.images:
+            raise DataError([f"--{part}-...: expected --images with --masks or --coco to train on, too."])
+        if masks and coco:
+            raise DataError([f"--{part}-masks and --{part}-coco are both given: expected one of them."])
+        if not (coco or (images and masks)):
+            raise DataError([f"expected --{part}-images together with --{part}-masks or --{part}-coco."])
