@@ -156,6 +156,8 @@ def read_pixels(path: Path, reading: ImageReading, page: int | None = None, as_l
             index = page_index(page_count(file), reading, page, as_labels)
             if file.mode != "I;16" and raw_mode(file).endswith(";16B"):  # Pillow would drop the lower 8 bits
                 raise ValueError("it has 16 bits per colour; save it as TIFF, or with 8.")
+            if as_labels and file.format in ("JPEG", "MPO"):
+                raise ValueError("it is a JPEG, whatever its name says, and JPEG changes numbers: save masks as PNG.")
             return pillow_pixels(file, index, as_labels)
     except Exception as error:  # decoders raise many exception types
         raise unreadable(path, error) from error

@@ -114,32 +114,41 @@ def find_void(
     """Returns the numbers of pixels without a label."""
     if reading.void is not None:
         return reading.void, []
-    for number in (255, 65535):
+    commonest = Counter(int(one.numbers[-1]) for one in facts).most_common(1)
+    for number in dict.fromkeys([255, 65535, *(largest for largest, _ in commonest)]):
         with_it = [
             one
             for one in facts
             if one.numbers[-1] == number and number not in background and one.others(0, number, *background).any()
         ]
-        if not with_it:
-            continue
-        known = np.unique(np.concatenate([one.numbers[one.others(0, number, *background)] for one in facts]))
-        known = known[known < number]
-        step = np.gcd.reduce(known, initial=number)
-        if not len(known) or known[-1] == number - 1 or (step > 1 and len(known) + 1 == number // step):
-            continue
         share = sum(one.outline_at_largest for one in with_it) / max(1, sum(one.outline for one in with_it))
-        if share >= 0.5:
+        is_around = share >= 0.7
+        where = f"in {len(with_it)} of {len(facts)} masks"
+        if number in (255, 65535) and is_around:
             note = (
-                f"{number} lies around the objects in {len(with_it)} of {len(facts)} masks: its pixels have no label, "
-                "and do not count (--void none if it is an object)"
+                f"{number} lies around the objects {where}: its pixels do not count (--void none if it is an object)"
             )
             return (number,), [(False, note)]
+        known = np.unique(np.concatenate([one.numbers[one.others(0, number, *background)] for one in facts]))
+        known = known[known < number]
+        if number in (255, 65535) and with_it and not belongs_to(known, number):
+            seen = f"beside numbers up to {known[-1]}"
+        elif is_around and 2 * len(with_it) > max(2, len(facts)):
+            seen = "around the others"
+        else:
+            continue
         question = (
-            f"{number} is in {len(with_it)} of {len(facts)} masks, as in {with_it[0].name}, beside numbers up to "
-            f"{known[-1]}. If it marks pixels without a label, say --void {number}; if it is an object, --void none."
+            f"{number} is {where}, as in {with_it[0].name}, {seen}. If it marks pixels without a label, say --void "
+            f"{number}; if it is an object, --void none."
         )
         return (), [(True, question)]
     return (), []
+
+
+def belongs_to(known: np.ndarray, number: int) -> bool:
+    """Whether a number goes on in the row of the others, in steps of one or more."""
+    step = np.gcd.reduce(known, initial=number)
+    return known[-1] == number - 1 or (step > 1 and len(known) + 1 == number // step)
 
 
 def find_instances(

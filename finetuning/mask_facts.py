@@ -92,7 +92,7 @@ def surrounding(index: np.ndarray, numbers: np.ndarray, pairs: np.ndarray) -> in
     sides = [index[0], index[-1], index[:, 0], index[:, -1]]
     border = np.bincount(np.concatenate(sides))
     commonest = int(border.argmax())
-    is_around = (pairs == commonest).any(1).sum() >= 0.8 * len(pairs) and 2 * border[commonest] > border.sum()
+    is_around = (pairs == commonest).any(1).sum() >= 0.4 * len(pairs) and 2 * border[commonest] > border.sum()
     if numbers[commonest] == 0 or not is_around or not all((side == commonest).any() for side in sides):
         return None
     return int(numbers[commonest])

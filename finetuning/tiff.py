@@ -90,6 +90,8 @@ def plane_pixels(path: Path, plane: Page, reading: ImageReading, as_labels: bool
         ValueError: If it cannot be decoded.
     """
     page = plane.keyframe
+    if as_labels and page.compression == COMPRESSION.JPEG and not raw:
+        raise ValueError("it is compressed as JPEG, which changes numbers: save masks with Deflate or LZW.")
     is_decodable = page.compression in COMPRESSIONS and page.bitspersample % 8 == 0
     if pillow_is_exact(page, is_decodable) and not (raw and is_decodable and page.samplesperpixel > 1):
         with open_image(path, reading) as image:

@@ -289,6 +289,20 @@ def test_masks_are_numbers_in_every_container(suffix, tmp_path):
         assert set(np.unique(read_mask(tmp_path / f"bits{suffix}")).astype(int)) <= {0, 1, 255}
 
 
+def test_masks_that_jpeg_has_changed_are_refused(tmp_path):
+    Image.fromarray(LABELS).save(tmp_path / "mask.png", "JPEG")
+    Image.fromarray(LABELS).save(tmp_path / "mask.tif", compression="jpeg")
+    for name in ("mask.png", "mask.tif"):
+        with pytest.raises(ValueError, match=f"{name}: .*JPEG.* changes numbers"):
+            read_mask(tmp_path / name)
+
+
+def test_a_jpeg_with_previews_is_one_image(tmp_path):
+    first, preview = Image.fromarray(COLOUR), Image.fromarray(COLOUR[:4, :4])
+    first.save(tmp_path / "phone.jpg", "MPO", save_all=True, append_images=[preview])
+    np.testing.assert_array_equal(read_image(tmp_path / "phone.jpg"), as_pillow_shows(tmp_path / "phone.jpg"))
+
+
 def test_masks_of_4_bits_keep_their_numbers(tmp_path):
     labels = LABELS % 16
     rows = b"".join(b"\0" + bytes(row[::2] << 4 | row[1::2]) for row in labels)

@@ -71,8 +71,7 @@ def test_void_around_objects_is_ignored_and_said(void, dtype):
     masks = [with_rings(mask, void, dtype) for mask in DISCS]
     labels, notes = read(masks)
     assert notes == [
-        f"{void} lies around the objects in 4 of 4 masks: its pixels have no label, and do not count "
-        "(--void none if it is an object)"
+        f"{void} lies around the objects in 4 of 4 masks: its pixels do not count (--void none if it is an object)"
     ]
     for one, mask, expected in zip(labels, masks, DISCS, strict=True):
         np.testing.assert_array_equal(one == VOID, mask == void)
@@ -91,6 +90,19 @@ def test_void_elsewhere_is_asked_about():
     assert "--void 255;" in text and "--void none" in text
     assert count(read(masks, void=(255,))[0]) == count(DISCS)
     assert count(read(masks, void=())[0]) == count(DISCS) + 2
+
+
+def test_other_numbers_around_objects_are_asked_about():
+    """A trimap, as of the Oxford pets: 1 is the object, 2 the background, 3 a line between them."""
+    trimaps = [
+        np.where(with_rings(mask > 0, 3, np.uint8) == 0, 2, with_rings(mask > 0, 3, np.uint8)) for mask in DISCS
+    ]
+    text = question(trimaps, instances="components")
+    assert "3 is in 4 of 4 masks, as in 0.png, around the others" in text and "--void 3;" in text
+    labels, notes = read(trimaps, instances="components", void=(3,))
+    assert count(labels) == 24 and "2 surrounds all else" in notes[0]
+    other = [np.where(mask == 3, 128, np.where(mask == 1, 255, 0)).astype(np.uint8) for mask in trimaps]
+    assert "255 is in 4 of 4 masks, as in 0.png, beside numbers up to 128" in question(other)
 
 
 def test_255_may_be_one_of_many_objects():
