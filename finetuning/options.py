@@ -117,6 +117,8 @@ def kept(options: dict[str, Any]) -> dict[str, Any]:
 
 def absolute(name: str, value: Any) -> Any:
     """Returns the setting `name` with its path, if it is one, as an absolute one."""
+    if name in TrainingArguments._VALID_DICT_FIELDS and Path(value).is_file():  # DeepSpeed's and FSDP's files
+        return str(Path(value).resolve())
     if isinstance(value, Path) or name == "output_dir" or (name == "base" and Path(value).is_dir()):
         return str(Path(value).resolve())
     return value

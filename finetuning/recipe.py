@@ -93,14 +93,14 @@ def train(trainer: PromptTrainer, checkpoint: str | None) -> dict[str, Any]:
     started, cpu_started, loaded = time.perf_counter(), time.process_time(), peak_memory()
     trainer.train(resume_from_checkpoint=checkpoint)
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
-    state, name = trainer.state, f"eval_{trainer.args.metric_for_best_model}"
-    before = next(entry for entry in state.log_history if name in entry)
-    best, greater = state.best_metric, trainer.args.greater_is_better
+    state, name = trainer.state, trainer.args.metric_for_best_model
+    before = metrics_of(next(entry for entry in state.log_history if f"eval_{name}" in entry))
+    after = metrics_of(trainer.evaluate())
     return {
-        "before": metrics_of(before),
-        "after": metrics_of(trainer.evaluate()),
-        "selected_by": trainer.args.metric_for_best_model,
-        "better_than_base": best > before[name] if greater else best < before[name],
+        "before": before,
+        "after": after,
+        "selected_by": name,
+        "better_than_base": (after[name] > before[name]) == trainer.args.greater_is_better,
         "steps": state.global_step,
         "best_step": state.best_global_step,
         "seconds": seconds,

@@ -50,6 +50,8 @@ def opened_run(settings: Settings, parts: TrainValidationParts, is_main: bool) -
         checkpoint, _ = checkpoint_of(settings, parts)
         yield checkpoint
         return
+    if settings.folder.is_file():
+        raise FileExistsError(f"--output {settings.folder} is a file: choose another name.")
     settings.folder.mkdir(parents=True, exist_ok=True)
     with locked(settings.folder):
         checkpoint, damaged = checkpoint_of(settings, parts)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from transformers import SchedulerType, TrainingArguments
 from transformers.hf_argparser import HfArg
+from transformers.integrations import get_available_reporting_integrations
 
 from .checks import SettingsError, option, require_at_least
 
@@ -102,6 +103,10 @@ class TrainingSettings(TrainingArguments):
         self._name_repo()
         super().__post_init__()  # initialises the process group
         self._check_processes()
+        if self.fp16 and self.device.type == "cpu":
+            raise SettingsError("--fp16: CPUs cannot train in it; use --bf16.")
+        if missing := sorted({*self.report_to} - {*get_available_reporting_integrations()}):
+            raise SettingsError(f"--report-to {' '.join(missing)}: not installed, or unknown to transformers.")
 
     @property
     def step_size(self) -> int:

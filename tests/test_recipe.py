@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -220,6 +221,8 @@ def test_resume_refuses_other_settings(whole_run, tmp_path):
     finally:
         (images / "new.png").unlink()
         (images.parent / "masks" / "new.png").unlink()
+    with pytest.raises(SystemExit, match="is a file: choose another name"):
+        run(output / "metrics.json", *arguments)
     (tmp_path / "precious.txt").touch()
     with pytest.raises(SystemExit, match="not marked as an earlier output"):
         run(tmp_path, *arguments, "--force")
@@ -280,6 +283,7 @@ def test_two_processes_and_accumulation_equal_one_with_twice_the_batch(photos, t
     process = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=tmp_path)
     assert process.returncode == 0, process.stderr
     assert process.stdout.count("trainable params") == 1, "only one process reports"
+    assert not re.search("FutureWarning|kernels", process.stderr), "nothing that users cannot change"
     two = json.loads((tmp_path / "two" / "metrics.json").read_text())
     assert two["before"]["objects"] == one["before"]["objects"] == one["objects"]["validation"]
     for metrics in (accumulated, two):
@@ -315,8 +319,9 @@ def test_worked_configurations_are_accelerates_own(name, load):
     ],
     ids=lambda arguments: arguments[0],
 )
-def test_other_ways_to_train(arguments, photos, tmp_path, capsys):
+def test_other_ways_to_train(arguments, photos, tmp_path, capsys, caplog):
     metrics = run(tmp_path / "run", *photos, *SMALL_RUN, *arguments)
+    assert "missing keys" not in caplog.text, "transformers warns of a tied weight"
     assert metrics["steps"] == (1 if "--minutes" in arguments else 4)
     assert all(math.isfinite(loss) for loss in losses(metrics))
     folder = tmp_path / "run" / ("model" if "--method" in arguments else "adapter")
