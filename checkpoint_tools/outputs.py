@@ -42,7 +42,7 @@ def staged(
         kind: What is written, such as "split model".
         force: Replaces an earlier output of the same kind.
         sources: What the output is made of. Names that are not local, and None, are left out.
-        grows: Whether files are added to the output later, so that they belong to it whatever their names are.
+        grows: Whether files are added to the output later; see `mark`.
 
     Raises:
         FileExistsError: If `destination` may not be written, or another run is writing to it.
@@ -58,8 +58,7 @@ def staged(
         new.mkdir()
         replaced.mkdir()
         yield new
-        files = None if grows else sorted(path.name for path in new.iterdir())
-        (new / MARKER).write_text(json.dumps({"kind": kind, "files": files}) + "\n", encoding="utf-8")
+        mark(new, kind, grows)
         if in_place:
             exchange(destination, new, replaced)
         else:
@@ -114,8 +113,8 @@ def require_replaceable(
         )
     if foreign := foreign_files(destination):
         raise FileExistsError(
-            f"{destination} also holds {', '.join(foreign)}, which no command wrote there: move it away, or choose "
-            "another output."
+            f"{destination} also holds {', '.join(foreign[:5])}{' and more' if foreign[5:] else ''}, which no command "
+            "wrote there: move it away, or choose another output."
         )
 
 
@@ -153,12 +152,25 @@ def file_mark(kind: str) -> str:
     return f"sam-split output: {kind}."
 
 
+def mark(folder: Path, kind: str, grows: bool = False) -> None:
+    """Marks `folder` as an output of this kind, and all that it holds as belonging to it.
+
+    With `grows`, what is added later belongs to it, too, whatever its name is.
+    """
+    files = None if grows else sorted(file_names(folder))
+    (folder / MARKER).write_text(json.dumps({"kind": kind, "files": files}) + "\n", encoding="utf-8")
+
+
 def foreign_files(output: Path) -> list[str]:
     """Returns the names of what has come into a marked folder since it was written."""
     files = read_marker(output).get("files") if output.is_dir() else None
-    if files is None:
-        return []
-    return sorted({path.name for path in output.iterdir()} - {*files, MARKER} - MAY_LIE_IN_EMPTY_FOLDERS)
+    return [] if files is None else sorted(file_names(output) - set(files))
+
+
+def file_names(folder: Path) -> set[str]:
+    """Returns the paths, from `folder` on, of all files of an output."""
+    paths = {path.relative_to(folder) for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()}
+    return {path.as_posix() for path in paths if path.parts[0] not in {MARKER, *MAY_LIE_IN_EMPTY_FOLDERS}}
 
 
 def read_marker(folder: Path) -> dict:

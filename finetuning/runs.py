@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from checkpoint_tools.outputs import locked, read_marker, staged
+from checkpoint_tools.outputs import locked, mark, read_marker, staged
 
 from .data_summary import FILE, PICTURE, DataSummary
 from .options import write_file
@@ -57,9 +57,12 @@ def opened_run(settings: Settings, parts: TrainValidationParts, is_main: bool) -
         checkpoint, damaged = checkpoint_of(settings, parts)
         if damaged:
             print(f"Not whole: {', '.join(damaged)}. The run goes on from {checkpoint or 'its beginning'}.")
-        if not goes_on(settings):
+        if goes_on(settings):
+            mark(settings.folder, KIND, grows=True)
+        else:
             write_settings(settings, parts)
         yield checkpoint
+        mark(settings.folder, KIND)  # from now on, what comes into it is someone else's
 
 
 def goes_on(settings: Settings) -> bool:

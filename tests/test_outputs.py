@@ -133,7 +133,7 @@ def contents(folder: Path) -> dict[Path, bytes]:
         ("what a link in the source leads to", "same or lie in one another"),
         ("pictures", "not marked as an earlier output"),
         ("other kind", "not marked as an earlier output"),
-        ("with notes", "also holds notes.txt"),
+        ("with notes", "also holds deep/notes.txt"),
         ("working folder", "working folder or home"),
     ],
 )
@@ -154,7 +154,8 @@ def test_force_replaces_nothing_else(
     ):
         with staged(folder, kind) as staged_folder:
             (staged_folder / "weights").touch()
-    (home / "with notes" / "notes.txt").touch()
+    (home / "with notes" / "deep").mkdir()
+    (home / "with notes" / "deep" / "notes.txt").touch()
     (stock_source / "linked").symlink_to(home / "what a link in the source leads to" / "weights")
     if output == "working folder":
         monkeypatch.chdir(home / output)

@@ -223,6 +223,10 @@ def test_resume_refuses_other_settings(whole_run, tmp_path):
         (images.parent / "masks" / "new.png").unlink()
     with pytest.raises(SystemExit, match="is a file: choose another name"):
         run(output / "metrics.json", *arguments)
+    (output / "adapter" / "notes.txt").touch()
+    with pytest.raises(SystemExit, match=r"also holds adapter/notes\.txt, which no command wrote there"):
+        run(output, *arguments, "--force")
+    (output / "adapter" / "notes.txt").unlink()
     (tmp_path / "precious.txt").touch()
     with pytest.raises(SystemExit, match="not marked as an earlier output"):
         run(tmp_path, *arguments, "--force")
