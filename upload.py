@@ -2,10 +2,13 @@
 
 python upload.py --base checkpoints/sam-tiny --output sam-tiny-split  # stages and verifies only
 python upload.py --base facebook/sam-vit-base --repo-id USER/NAME     # and pushes
+python upload.py --space USER/NAME --base USER/MODEL                  # pushes the page of app.py as a Space
 """
 
 import argparse
 import re
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from transformers.utils import logging
@@ -17,12 +20,17 @@ from checkpoint_tools.pushing import Destination
 from checkpoint_tools.uploading import upload
 
 
+DEFAULT_BASE = "facebook/sam-vit-base"
+TARGETS = ("repo_id", "space", "adapter")
 INTERRUPTED = "Interrupted. Run the command again to continue: files already sent are skipped."
 
 
 def main() -> None:
     args = parse_args()
     with one_line_errors(ValueError, RuntimeError, interrupted=INTERRUPTED):
+        if args.space:
+            push_space(args)
+            return
         destination = args.repo_id and Destination(
             args.repo_id,
             commit_message=args.commit_message or f"Split {Path(args.base).resolve().name}",
@@ -44,10 +52,29 @@ def main() -> None:
         )
 
 
+def push_space(args: argparse.Namespace) -> None:
+    if find_spec("gradio") is None:
+        sys.exit('--space needs gradio: pip install ".[tools,app]"')
+    from checkpoint_tools.spaces import upload_space  # only now, as it needs gradio
+
+    message = args.commit_message or "Update the page"
+    upload_space(
+        Destination(args.space, message, args.private, args.revision, args.create_pr, repo_type="space"),
+        args.base,
+        args.base_revision,
+        args.adapter,
+        args.adapter_revision,
+        args.output,
+        args.force,
+        args.token_file,
+        args.dry_run,
+    )
+
+
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--base", default="facebook/sam-vit-base", help="folder or Hub id of a SAM v1, stock or split (%(default)s)"
+        "--base", help=f"folder or Hub id of a SAM v1, stock or split ({DEFAULT_BASE}, or that of --adapter)"
     )
     parser.add_argument("--base-revision", help="its branch, tag or commit")
     parser.add_argument("--output", type=Path, help="folder to keep what is staged in")
@@ -64,6 +91,9 @@ def parse_args() -> argparse.Namespace:
         help="the models on the Hub that a base in a folder was made from",
     )
     parser.add_argument("--repo-id", help="USER/NAME on the Hub to push to")
+    parser.add_argument("--space", metavar="USER/NAME", help="Space to push, with the page of app.py for the base")
+    parser.add_argument("--adapter", help="Hub id of an adapter for the Space, on its own base or on --base")
+    parser.add_argument("--adapter-revision", help="its branch, tag or commit")
     parser.add_argument("--private", action="store_true", help="create the repo as a private one")
     target = parser.add_mutually_exclusive_group()
     target.add_argument("--revision", help="branch to push to; created if missing (default: main)")
@@ -72,9 +102,15 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--token-file", type=Path, help="file with a token; else HF_TOKEN or that of `hf auth login`")
     parser.add_argument("--dry-run", action="store_true", help="only show what would be pushed")
     args = parser.parse_args()
-    if not args.output and not args.repo_id:
-        parser.error("give --output to stage a model repo, --repo-id to push one, or both")
-    for option, names in (("--repo-id", [args.repo_id] if args.repo_id else []), ("--base-model", args.base_model)):
+    args.base = args.base or (None if args.adapter else DEFAULT_BASE)
+    if not args.output and not args.repo_id and not args.space:
+        parser.error("give --output to stage a model repo, --repo-id to push one, or both; or --space")
+    if args.space and args.repo_id:
+        parser.error("--space and --repo-id: push the model first, then its Space")
+    if args.adapter and not args.space:
+        parser.error("--adapter is for --space; to push a model with an adapter, merge it first")
+    targets = [(f"--{name.replace('_', '-')}", [value] if (value := getattr(args, name)) else []) for name in TARGETS]
+    for option, names in (*targets, ("--base-model", args.base_model)):
         for name in names or []:
             if not is_hub_id(name):
                 parser.error(f"{option} {name}: expected USER/NAME")
@@ -84,7 +120,7 @@ def parse_args() -> argparse.Namespace:
         parser.error("--license unknown: expected the licence that the authors of the weights have given them")
     if args.license == OTHER and not (args.license_name and args.license_link):
         parser.error("--license other: the Hub wants --license-name and --license-link with it")
-    if args.dry_run and not args.repo_id:
+    if args.dry_run and not args.repo_id and not args.space:
         parser.error("--dry-run needs the --repo-id that would be pushed to; --output alone pushes nothing")
     return args
 

@@ -58,6 +58,7 @@ class Destination:
         private: Creates the repo as private.
         revision: Branch, created if missing; None for main.
         create_pr: Whether to open a pull request instead.
+        repo_type: Of the repo, in the Hub's names: "model" or "space".
     """
 
     repo_id: str
@@ -65,6 +66,7 @@ class Destination:
     private: bool = False
     revision: str | None = None
     create_pr: bool = False
+    repo_type: str = "model"
 
 
 def check_destination(api: HfApi, destination: Destination) -> str | None:
@@ -79,12 +81,12 @@ def check_destination(api: HfApi, destination: Destination) -> str | None:
         )
     try:
         api.whoami()
-        info = api.model_info(destination.repo_id)
+        info = api.repo_info(destination.repo_id, repo_type=destination.repo_type)
         if destination.private and not info.private:
             raise PushError(
                 f"{destination.repo_id} exists and is public: make it private in its settings, or choose another."
             )
-        return api.model_info(destination.repo_id, revision=destination.revision).sha
+        return head_of(api, destination)
     except (RevisionNotFoundError, RepositoryNotFoundError):
         return None
     except HTTPError as error:
@@ -114,7 +116,7 @@ def push(
     """
     try:
         head = head or create(api, destination)
-        kept = files_kept(api, destination.repo_id, head, folder, patterns)
+        kept = files_kept(api, destination, head, folder, patterns)
         commit = commit_files(api, destination, folder, head, kept)
     except (HTTPError, RuntimeError) as error:  # the latter from hf_xet
         raise PushError(explain(error, destination.repo_id)) from error
@@ -123,7 +125,7 @@ def push(
     print("Comparing it with what the Hub gives back ...", flush=True)
     try:
         with tempfile.TemporaryDirectory(prefix="sam-split-pushed-") as cache:
-            compare_files(api, destination.repo_id, commit.oid, folder, head, kept, Path(cache))
+            compare_files(api, destination, commit.oid, folder, head, kept, Path(cache))
             verify(commit.oid, Path(cache))
     except (ValueError, OSError, HTTPError) as error:
         raise PushError(
@@ -134,16 +136,25 @@ def push(
 
 def create(api: HfApi, destination: Destination) -> str:
     """Makes the repo and the branch where there is none, and returns the commit to build on."""
-    if not api.repo_exists(destination.repo_id):
-        api.create_repo(destination.repo_id, private=destination.private or None)
+    repo_id, repo_type = destination.repo_id, destination.repo_type
+    if not api.repo_exists(repo_id, repo_type=repo_type):
+        sdk = "gradio" if repo_type == "space" else None
+        api.create_repo(repo_id, private=destination.private or None, repo_type=repo_type, space_sdk=sdk)
     if destination.revision:
-        api.create_branch(destination.repo_id, branch=destination.revision)
-    return str(api.model_info(destination.repo_id, revision=destination.revision).sha)
+        api.create_branch(repo_id, branch=destination.revision, repo_type=repo_type)
+    return str(head_of(api, destination))
+
+
+def head_of(api: HfApi, destination: Destination) -> str | None:
+    """Returns the last commit of the branch."""
+    info = api.repo_info(destination.repo_id, revision=destination.revision, repo_type=destination.repo_type)
+    return info.sha
 
 
 def staged_files(folder: Path) -> dict[str, Path]:
-    """Returns the files of the model repo in `folder` by name, without the mark of outputs."""
-    return {path.name: path for path in sorted(folder.iterdir()) if path.name != MARKER}
+    """Returns the files of the repo in `folder` by their paths in it, without the mark of outputs."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MARKER]
+    return {path.relative_to(folder).as_posix(): path for path in paths}
 
 
 def is_ours(name: str, patterns: Sequence[str] = FILES) -> bool:
@@ -151,13 +162,14 @@ def is_ours(name: str, patterns: Sequence[str] = FILES) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def files_kept(api: HfApi, repo_id: str, head: str, folder: Path, patterns: Sequence[str]) -> set[str]:
+def files_kept(api: HfApi, destination: Destination, head: str, folder: Path, patterns: Sequence[str]) -> set[str]:
     """Returns the files of the repo that a push leaves as they are.
 
     Raises:
         PushError: If one of them could be loaded or run together with the model.
     """
-    there = api.list_repo_files(repo_id, revision=head)
+    repo_id = destination.repo_id
+    there = api.list_repo_files(repo_id, revision=head, repo_type=destination.repo_type)
     if "adapter_config.json" in there and not is_ours("adapter_config.json", patterns):
         raise PushError(f"{repo_id} contains an adapter, which transformers would load on top: choose another repo.")
     ours = {*staged_files(folder), WRITTEN_BY_THE_HUB, *(name for name in there if is_ours(name, patterns))}
@@ -177,7 +189,7 @@ def commit_files(api: HfApi, destination: Destination, folder: Path, head: str, 
         PushError: If the Hub's answer names no commit.
     """
     files = staged_files(folder)
-    there = api.list_repo_files(destination.repo_id, revision=head)
+    there = api.list_repo_files(destination.repo_id, revision=head, repo_type=destination.repo_type)
     try:
         commit = api.create_commit(
             destination.repo_id,
@@ -187,6 +199,7 @@ def commit_files(api: HfApi, destination: Destination, folder: Path, head: str, 
             revision=destination.revision,
             create_pr=destination.create_pr,
             parent_commit=head,
+            repo_type=destination.repo_type,
         )
         if not commit.oid:
             raise KeyError("commitOid")
@@ -198,14 +211,17 @@ def commit_files(api: HfApi, destination: Destination, folder: Path, head: str, 
         ) from error
 
 
-def compare_files(api: HfApi, repo_id: str, commit: str, folder: Path, head: str, kept: set[str], cache: Path) -> None:
+def compare_files(
+    api: HfApi, destination: Destination, commit: str, folder: Path, head: str, kept: set[str], cache: Path
+) -> None:
     """Downloads a commit into a Hub cache, and compares every file with what was staged or was there before.
 
     Raises:
         PushError: If a file is missing, added or different.
     """
-    listed = set(api.list_repo_files(repo_id, revision=commit))
-    download = partial(snapshot_download, repo_id, cache_dir=cache, token=api.token)
+    repo_id, repo_type = destination.repo_id, destination.repo_type
+    listed = set(api.list_repo_files(repo_id, revision=commit, repo_type=repo_type))
+    download = partial(snapshot_download, repo_id, repo_type=repo_type, cache_dir=cache, token=api.token)
     actual = Path(download(revision=commit))
     expected = staged_files(folder)
     if kept:

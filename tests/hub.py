@@ -84,7 +84,7 @@ class Hub:
     def repo(self, name: str, token: str | None) -> Repo:
         """The repo, if the token may see it."""
         repo = self.repos.get(name)
-        if repo is None or (repo.private and self.users.get(token or "") != name.split("/")[0]):
+        if repo is None or (repo.private and self.users.get(token or "") != name.split("/")[-2]):
             raise HubError(404 if token else 401, "Repository not found", "RepoNotFound")
         return repo
 
@@ -157,7 +157,7 @@ class Handler(BaseHTTPRequestHandler):
     def writable(self, name: str) -> None:
         if self.token is None:
             raise HubError(401, "Unauthorized")
-        if self.server.hub.users[self.token] != name.split("/")[0]:
+        if self.server.hub.users[self.token] != name.split("/")[-2]:
             raise HubError(403, "You don't have the required permissions")
 
     def whoami(self, hub: Hub) -> None:
@@ -171,7 +171,8 @@ class Handler(BaseHTTPRequestHandler):
     def create_repo(self, hub: Hub) -> None:
         settings = json.loads(self.body)
         owner = settings.get("organization") or hub.users.get(self.token or "")
-        name = f"{owner}/{settings['name']}"
+        prefix = "spaces/" if settings.get("type") == "space" else ""
+        name = f"{prefix}{owner}/{settings['name']}"
         self.writable(name)
         if name in hub.repos or name in hub.other_types:
             raise HubError(409, "You already created this repo")
@@ -275,20 +276,21 @@ class Handler(BaseHTTPRequestHandler):
         self.reply(answer)
 
 
-NAME = "([^/]+/[^/]+)"
+NAME = "((?:spaces/)?[^/]+/[^/]+)"  # those of Spaces begin with "spaces/"
+API = f"/api/(?:models/|(?=spaces/)){NAME}"
 ROUTES: list[tuple[str, str, Callable]] = [
     ("GET", "/api/whoami-v2", Handler.whoami),
     ("POST", "/api/validate-yaml", Handler.validate_yaml),
     ("POST", "/api/repos/create", Handler.create_repo),
-    ("POST", f"/api/models/{NAME}/branch/(.+)", Handler.create_branch),
-    ("POST", f"/api/models/{NAME}/preupload/(.+)", Handler.preupload),
-    ("POST", f"/api/models/{NAME}/commit/(.+)", Handler.commit),
+    ("POST", f"{API}/branch/(.+)", Handler.create_branch),
+    ("POST", f"{API}/preupload/(.+)", Handler.preupload),
+    ("POST", f"{API}/commit/(.+)", Handler.commit),
     ("POST", rf"/{NAME}\.git/info/lfs/objects/batch", Handler.lfs_batch),
     ("PUT", "/lfs/(.+)", Handler.lfs_upload),
-    ("GET", f"/api/models/{NAME}", Handler.info),
-    ("GET", f"/api/models/{NAME}/revision/(.+)", Handler.info),
-    ("GET", f"/api/models/{NAME}/tree/([^/]+)", Handler.tree),
-    ("GET", f"/api/models/{NAME}/tree/([^/]+)/(.+)", Handler.tree),
+    ("GET", API, Handler.info),
+    ("GET", f"{API}/revision/(.+)", Handler.info),
+    ("GET", f"{API}/tree/([^/]+)", Handler.tree),
+    ("GET", f"{API}/tree/([^/]+)/(.+)", Handler.tree),
     ("GET", f"/{NAME}/resolve/([^/]+)/(.+)", Handler.download),
 ]
 

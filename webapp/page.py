@@ -58,9 +58,10 @@ class Page:
         model: The model.
         images: Images to choose from, by name; the first is open at the start.
         about: What the page says of the model, Markdown.
+        details: What it says below the rest.
     """
 
-    def __init__(self, model: SharedModel, images: Mapping[str, Path], about: str) -> None:
+    def __init__(self, model: SharedModel, images: Mapping[str, Path], about: str, details: str = "") -> None:
         self.model, self.images = model, images
         with gr.Blocks(
             title="Segment Anything", analytics_enabled=False, delete_cache=(600, SECONDS_TO_KEEP)
@@ -72,6 +73,7 @@ class Page:
                     self.add_pictures()
                 with gr.Column(scale=2, min_width=320):
                     self.add_controls()
+            gr.Markdown(details)
             self.views = [
                 *(self.session, self.picture, self.status, self.choice),
                 *(self.table, self.selected, self.remove, self.tabs, self.files),

@@ -46,6 +46,18 @@ def serve(source: ModelSource, images: Path | None = None, port: int | None = No
     page.blocks.block_thread()
 
 
+def serve_space(source: ModelSource) -> None:
+    """Serves the page of a Space, whose README says what the model is.
+
+    Raises:
+        ValueError: If the model cannot be read.
+    """
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    *_, about = text.split("\n---\n", 1)  # without the metadata
+    title, _, details = about.strip().partition("\n")
+    Page(load_shared(source), images_in(None), title, details).blocks.launch(**LAUNCH_OPTIONS)
+
+
 def images_in(folder: Path | None) -> Mapping[str, Path]:
     """Returns the images in a folder and those below, by name; the coins without a folder.
 
