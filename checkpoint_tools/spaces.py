@@ -16,7 +16,6 @@ from jinja2 import Template
 
 from .base_cards import BaseCard, is_hub_id, read_card
 from .licences import UNKNOWN, Licence, stated_licence
-from .outputs import MARKER as MARKER
 from .outputs import staged
 from .plain_settings import read_json
 from .pushing import Destination, check_destination, explain, push, staged_files

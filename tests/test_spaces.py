@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from hub import Hub
-from huggingface_hub import RepoCard
+from huggingface_hub import RepoCard, constants
 from peft import LoraConfig, get_peft_model
 
 from checkpoint_tools import spaces
+from checkpoint_tools.outputs import MARKER
 from checkpoint_tools.staging import ROOT, SAM_TINY, split_class
 
 
@@ -77,19 +78,13 @@ def test_a_space_starts_from_the_staged_folder_before_it_is_pushed(models, monke
     staged = {
         path.relative_to(tmp_path / "space").as_posix(): path.read_bytes()
         for path in (tmp_path / "space").rglob("*")
-        if path.is_file() and path.name != spaces.MARKER
+        if path.is_file() and path.name != MARKER
     }
     assert {name: content for name, content in pushed.items() if name != ".gitattributes"} == staged
     assert not [name for name in staged if "__pycache__" in name]
-    (tmp_path / "space" / "webapp" / "session.py").write_text("raise RuntimeError('broken')\n")
+    (tmp_path / "space" / "app.py").write_text("raise RuntimeError('broken')\n")
     with pytest.raises(ValueError, match="The staged Space does not work: RuntimeError: broken"):
-        spaces.verify_space(tmp_path / "space", spaces.EXAMPLE, spaces_endpoint(), None)
-
-
-def spaces_endpoint() -> str:
-    from huggingface_hub import constants
-
-    return constants.ENDPOINT
+        spaces.verify_space(tmp_path / "space", spaces.EXAMPLE, constants.ENDPOINT, None)
 
 
 def test_the_models_are_pinned_and_described(models, monkeypatch, answers, tmp_path):
