@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from .coco import coco_images
+from .decoding import number_of
 from .folders import paired_files
+from .hub_datasets import DatasetSettings, dataset_parts
 from .patterns import Pattern
 from .settings import DataSettings
 from .sources import Coins, DataError, Source, SourceList
@@ -44,6 +46,8 @@ def read_sources(settings: DataSettings) -> SourceList:
     Raises:
         DataError: If files are missing, or do not belong together.
     """
+    if settings.dataset:
+        return parts_of_dataset(settings)[TRAIN]
     if settings.images and settings.coco:
         if settings.coco.is_dir():
             raise DataError(
@@ -69,7 +73,10 @@ def read_parts(settings: DataSettings) -> PartSources:
     Raises:
         DataError: If files are missing or do not belong together, or one image is in two parts.
     """
-    if settings.coco and settings.coco.is_dir():
+    if settings.dataset:
+        found = parts_of_dataset(settings)
+        parts = PartSources(found[TRAIN], found.get(VALIDATION), found.get(TEST))
+    elif settings.coco and settings.coco.is_dir():
         parts = parts_of_coco_folder(settings, settings.coco)
     else:
         parts = by_folder(read_sources(settings), settings.images)
@@ -82,8 +89,25 @@ def read_parts(settings: DataSettings) -> PartSources:
         set_groups(parts, Pattern(settings.group_pattern, "group"))
     refuse_shared(parts)
     number = sum(len(part.sources) for part in parts.given.values())
-    parts.about = f"{number} image{'s' if number > 1 else ''} from {settings.images.name}" if settings.images else ""
+    parts.about = f"{number_of(number, 'image')} from {name_of(settings)}" if name_of(settings) else ""
     return parts
+
+
+def name_of(settings: DataSettings) -> str:
+    """What a model card may say of where the images come from; empty for the coins."""
+    if settings.dataset and not Path(settings.dataset).exists():
+        return settings.dataset
+    place = settings.dataset or settings.images
+    return Path(place).resolve().name if place else ""
+
+
+def parts_of_dataset(settings: DataSettings) -> dict[str, SourceList]:
+    """Returns the parts that the splits of a data set are."""
+    names = [field.name for field in dataclasses.fields(DatasetSettings) if field.name not in ("path", "config")]
+    which = DatasetSettings(
+        str(settings.dataset), settings.dataset_config, **{name: getattr(settings, name) for name in names}
+    )
+    return dataset_parts(which, settings.image_reading, settings.label_reading, settings.categories)
 
 
 def settings_of_part(settings: DataSettings, part: str) -> DataSettings | None:

@@ -69,7 +69,7 @@ class DataSettings(SourceSettings):
         if "none" in self.augment and len(self.augment) > 1:
             raise SettingsError(f"--augment {' '.join(self.augment)}: expected none, or others.")
         require_share(self, "validation", above_0=True)
-        if self.validation and (self.validation_images or self.validation_coco):
+        if self.validation and (self.validation_images or self.validation_coco or self.validation_split):
             raise SettingsError("--validation is a share of the images, and --validation-... are given: expected one.")
         if not 0 <= self.overlap <= 0.9:
             raise SettingsError(f"--overlap {self.overlap}: expected a share from 0 to 0.9.")

@@ -43,9 +43,23 @@ class SourceSettings:
     test_masks: Path | None = HfArg(default=None, help="their masks")
     test_coco: Path | None = HfArg(default=None, help="their COCO annotations")
 
+    dataset: str | None = HfArg(
+        default=None, help="Hub id, folder or Parquet file of the datasets library, instead of images and masks"
+    )
+    dataset_config: str | None = HfArg(default=None, help="configuration of the data set, if it has several")
+    image_column: str = HfArg(default="image", help="column of the data set with the images")
+    mask_column: str | None = HfArg(
+        default=None,
+        help="column with label images, lists of masks, or objects as in COCO (the one with a usual name)",
+    )
+    split: str | None = HfArg(default=None, help="split to train on (train, or the only one)")
+    validation_split: str | None = HfArg(default=None, help="split to validate on (validation, if there is one)")
+    test_split: str | None = HfArg(default=None, help="split to test on (test, if there is one)")
+
     def __post_init__(self) -> None:
         if self.coco and self.masks:
             raise DataError(["--masks and --coco are both given: expected one of them."])
+        self._check_dataset()
         if bool(self.images) != bool(self.coco or self.masks):
             raise DataError(["expected --images together with --masks or --coco, or none of them for the coins."])
         for name in ("image_pattern", "mask_pattern", "color_masks"):
@@ -53,8 +67,8 @@ class SourceSettings:
                 raise DataError([f"--{name.replace('_', '-')}: expected --masks, too."])
         if self.mask_pattern and "*" in self.mask_pattern.removesuffix(".*") and self.color_masks:
             raise DataError(["--color-masks: a * in --mask-pattern stands for files of one object each."])
-        if self.categories and not self.coco:
-            raise DataError(["--categories: expected --coco, too."])
+        if self.categories and not (self.coco or self.dataset):
+            raise DataError(["--categories: expected --coco or --dataset, too."])
         for text, name in ((self.image_pattern, "stem"), (self.mask_pattern, "stem"), (self.group_pattern, "group")):
             if text is not None:
                 Pattern(text, name)
@@ -65,6 +79,16 @@ class SourceSettings:
     def paths(self) -> list[Path]:
         """All files and folders that are read."""
         return [value for name in SourceSettings.__annotations__ if isinstance(value := getattr(self, name), Path)]
+
+    def _check_dataset(self) -> None:
+        """Raises an error if there are files beside a data set, or splits without one."""
+        if self.dataset:
+            if self.images or self.masks or self.coco or self.group_pattern:
+                raise DataError(["--dataset: expected no --images, --masks, --coco or --group-pattern."])
+            return
+        for name in ("dataset_config", "mask_column", "split", "validation_split", "test_split"):
+            if getattr(self, name):
+                raise DataError([f"--{name.replace('_', '-')}: expected --dataset, too."])
 
     def _check_part(self, part: str) -> None:
         """Raises an error if the files of a part are incomplete."""

@@ -1,0 +1,231 @@
+"""Images and objects from data sets of the `datasets` library, offline and from a Hub on this machine."""
+
+import io
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+from labelled_images import MASK_SIDE, blocks
+from PIL import Image
+
+import finetune
+from finetuning.layouts import read_parts
+from finetuning.overlaps import mask_of
+from finetuning.recipe import read_data
+from finetuning.sources import DataError, LabelledImage
+
+
+datasets.disable_progress_bars()
+SQUARE = [[20, 10, 30, 10, 30, 20, 20, 20]]
+GREY = (blocks() % 251).astype(np.uint8)
+
+
+def encoded(pixels: np.ndarray, kind: str = "PNG") -> dict[str, Any]:
+    """An image as Parquet files hold it."""
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, kind)
+    return {"bytes": stream.getvalue(), "path": None}
+
+
+def table(masks: list[Any], feature: Any, image: Any = None, **columns: Any) -> datasets.Dataset:
+    features = datasets.Features({"image": datasets.Image(), "mask": feature})
+    return datasets.Dataset.from_dict(
+        {"image": [image or encoded(GREY)] * len(masks), "mask": masks}, features=features
+    )
+
+
+def read(*arguments: str) -> list[LabelledImage]:
+    """Reads all images of the training part."""
+    return [source.read() for source in read_parts(finetune.parse_args([*arguments]).data).train.sources]
+
+
+def saved(data: datasets.Dataset, folder: Path, name: str = "data.parquet") -> str:
+    folder.mkdir(parents=True, exist_ok=True)
+    data.to_parquet(folder / name)
+    return str(folder / name)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+@pytest.mark.parametrize("feature", [datasets.Image(), datasets.Array2D((40, 48), "int32")], ids=["image", "array"])
+def test_instance_ids(kind, feature, tmp_path):
+    labels = blocks().astype(np.uint16)
+    masks = [encoded(labels, kind) if isinstance(feature, datasets.Image) else labels.astype(np.int32)] * 2
+    data = table(masks, feature, encoded(GREY, kind))
+    for whole in read("--dataset", saved(data, tmp_path)):
+        np.testing.assert_array_equal(whole.labels, labels)
+        np.testing.assert_array_equal(whole.image[..., 0], GREY)
+
+
+def test_lists_of_binary_masks_may_overlap(tmp_path):
+    masks = [np.zeros((40, 48), np.uint8) for _ in range(3)]
+    masks[0][5:20, 5:20], masks[1][10:30, 10:30] = 255, 1
+    data = table([[encoded(mask) for mask in masks], None], datasets.List(datasets.Image()))
+    first, second = read("--dataset", saved(data, tmp_path))
+    for number, mask in enumerate(masks[:2], start=1):
+        np.testing.assert_array_equal(mask_of(first.labels, number), mask > 0)
+    assert first.left_out == {"masks are left out: they are empty": 1} and not second.labels.any()
+
+
+def test_parts_of_semantic_masks(tmp_path):
+    data = table([encoded(((blocks() > 0) * 7).astype(np.uint8))] * 2, datasets.Image())
+    whole = read("--dataset", saved(data, tmp_path), "--instances", "components")
+    assert [len(np.unique(each.labels)) for each in whole] == [7, 7]
+
+
+@pytest.mark.parametrize("is_list", [True, False], ids=["list of structures", "structure of lists"])
+@pytest.mark.parametrize("category", [datasets.ClassLabel(names=["cell", "dust"]), datasets.Value("int64")])
+def test_objects_as_in_coco(is_list, category, tmp_path):
+    fields = {
+        "segmentation": datasets.List(datasets.List(datasets.Value("float64"))),
+        "category": category,
+        "bbox": datasets.List(datasets.Value("float64")),
+    }
+    objects = {"segmentation": [SQUARE, [], SQUARE], "category": [1, 0, 1], "bbox": [[1.0, 1.0, 9.0, 9.0]] * 3}
+    rows = [dict(zip(objects, values, strict=True)) for values in zip(*objects.values(), strict=True)]
+    feature = datasets.List(fields) if is_list else {name: datasets.List(each) for name, each in fields.items()}
+    data = table([rows if is_list else objects] * 2, feature).rename_column("mask", "objects")
+    whole, _ = read("--dataset", saved(data, tmp_path))
+    assert mask_of(whole.labels, 1)[15, 25]
+    assert whole.categories == {1: "dust" if isinstance(category, datasets.ClassLabel) else "1"}
+    assert {text.split("they ")[1]: number for text, number in whole.left_out.items()} == {
+        "have a box but no mask": 1,
+        "repeat another one": 1,
+    }
+    if isinstance(category, datasets.ClassLabel):
+        (other, _) = read("--dataset", saved(data, tmp_path), "--categories", "cell")
+        assert not other.labels.any()
+
+
+def test_run_lengths(tmp_path):
+    runs = {"size": [40, 48], "counts": [0, 5, 40 * 48 - 5]}
+    feature = datasets.List(
+        {
+            "segmentation": {
+                "size": datasets.List(datasets.Value("int64")),
+                "counts": datasets.List(datasets.Value("int64")),
+            }
+        }
+    )
+    whole, _ = read("--dataset", saved(table([[{"segmentation": runs}]] * 2, feature), tmp_path))
+    assert (whole.labels > 0).sum() == 5 and not whole.categories
+
+
+def image_folder(folder: Path, *splits: str) -> None:
+    """A folder with images, masks and the metadata that name them."""
+    for split in splits:
+        lines = []
+        for number in range(3):
+            for kind, pixels in (("image", GREY), ("mask", blocks().astype(np.uint16))):
+                path = folder / split / f"{kind}{number}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(path)
+            lines.append(json.dumps({"file_name": f"image{number}.png", "mask_file_name": f"mask{number}.png"}))
+        (folder / split / "metadata.jsonl").write_text("\n".join(lines))
+
+
+def test_image_folders_and_their_splits(tmp_path):
+    image_folder(tmp_path / "photos", "train", "validation", "test")
+    settings = finetune.parse_args(["--dataset", str(tmp_path / "photos")]).data
+    parts, about = read_data(settings, MASK_SIDE, 0)
+    assert [len(part) for part in (parts.train, parts.validation, parts.test)] == [3, 3, 3]
+    assert about == "9 images from photos"
+    assert "the splits divide the images: train (3 images), validation (3 images), test (3 images)" in parts.notes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sizes"),
+    [
+        (["--split", "train"], [2, 1, 0]),
+        (["--split", "train[:2]", "--validation-split", "test"], [2, 3, 0]),
+        (["--validation-split", "train[2:]", "--split", "train[:2]", "--test-split", "test"], [2, 1, 3]),
+    ],
+)
+def test_splits_that_are_chosen(arguments, sizes, tmp_path):
+    image_folder(tmp_path, "train", "validation", "test")
+    parts, _ = read_data(finetune.parse_args(["--dataset", str(tmp_path), *arguments]).data, MASK_SIDE, 0)
+    assert [len(part) for part in (parts.train, parts.validation, parts.test)] == sizes
+
+
+def test_data_sets_saved_to_disk(tmp_path):
+    data = table([encoded(blocks().astype(np.uint16))] * 3, datasets.Image())
+    data.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict(train=data, valid=data).save_to_disk(tmp_path / "two")
+    assert len(read("--dataset", str(tmp_path / "one"))) == 3
+    assert list(read_parts(finetune.parse_args(["--dataset", str(tmp_path / "two")]).data).given) == [
+        "train",
+        "validation",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--image-column", "photo"], r"--image-column photo: expected a column of images, one of image \(Image\)"),
+        (["--image-column", "count"], r"--image-column count: expected a column of images"),
+        (["--mask-column", "count"], r"--mask-column count: expected label images, lists of masks, or objects"),
+        (["--mask-column", "nothing"], r"--mask-column nothing: expected label images"),
+        (["--split", "other"], r"--dataset .*other.*It has the splits train"),
+        (["--validation-split", "other"], r"--dataset .*other.*It has the splits train"),
+    ],
+)
+def test_columns_and_splits_that_are_missing_are_named(arguments, problem, tmp_path):
+    data = table([encoded(blocks().astype(np.uint16))] * 2, datasets.Image()).add_column("count", [1, 2])
+    with pytest.raises(DataError, match=problem) as raised:
+        read("--dataset", saved(data, tmp_path), *arguments)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("broken.parquet", b"PAR1 broken", r"broken\.parquet: cannot be loaded"),
+        ("empty", None, "cannot be loaded"),
+        ("other.txt", b"text", r"expected a Hub id, a folder, or a file \.parquet"),
+    ],
+)
+def test_what_is_no_data_set_is_refused_in_one_line(name, content, problem, tmp_path):
+    path = tmp_path / name
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(DataError, match=problem) as raised:
+        read("--dataset", str(path))
+    assert "\n" not in str(raised.value)
+
+
+def test_bad_rows_are_all_named(tmp_path):
+    good = encoded(blocks().astype(np.uint16))
+    masks = [good, encoded(blocks(44, 48).astype(np.uint16)), {"bytes": b"no image", "path": None}, None]
+    path = saved(table(masks, datasets.Image()), tmp_path)
+    with pytest.raises(DataError) as raised:
+        read_data(finetune.parse_args(["--dataset", path]).data, MASK_SIDE, 0)
+    lines = str(raised.value).splitlines()
+    assert [f"row {number}" in line for number, line in enumerate(lines, start=1)] == [True] * 3
+    for line, problem in zip(
+        lines, ["got 48 x 44", "cannot be read", "expected a mask (H, W) of integers, got None"], strict=True
+    ):
+        assert problem in line and tempfile.gettempdir() + "/tmp" not in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        ("--dataset d --images i", "--dataset: expected no --images, --masks, --coco or --group-pattern"),
+        ("--split train", "--split: expected --dataset, too"),
+        ("--mask-column m", "--mask-column: expected --dataset, too"),
+        ("--dataset d --validation-split v --validation 0.2", "--validation is a share"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(arguments, problem, capsys):
+    with pytest.raises(SystemExit) as raised:
+        finetune.main(arguments.split())
+    assert raised.value.code == 2 and problem in capsys.readouterr().err
+
+
+def test_the_package_is_an_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match=r'the package datasets is missing: install it with pip install "\.\[datasets'):
+        read("--dataset", "user/cells")
