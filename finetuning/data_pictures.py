@@ -41,11 +41,12 @@ def draw_samples(samples: dict[str, list[Sample]]) -> Image.Image:
 
 
 def spread_out(of_part: list[Sample], part: str, samples: dict[str, list[Sample]]) -> list[Sample]:
-    """Returns some of the samples, evenly spread: two of three pictures show what is learnt from."""
-    others = sum(map(len, samples.values())) - len(of_part)
-    share = max(MOST * 2 // 3 if part == "training" else MOST // 3, MOST - others)
-    places = np.unique(np.linspace(0, len(of_part) - 1, min(share, len(of_part))).round().astype(int))
-    return [of_part[place] for place in places]
+    """Returns some of the samples, evenly spread: about two of three pictures show what is learnt from."""
+    others = len(samples) - 1
+    share = MOST - 2 if part == "training" else max(1, 2 // others)
+    rest = sum(map(len, samples.values())) - len(of_part)
+    places = np.linspace(0, len(of_part) - 1, min(max(share, MOST - rest), len(of_part)))
+    return [of_part[place] for place in np.unique(places.round().astype(int))]
 
 
 def draw_sample(sample: Sample, part: str) -> Image.Image:

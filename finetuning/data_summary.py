@@ -15,6 +15,8 @@ from .samples import Sample, TrainValidationParts, lines
 
 
 PICTURE, FILE = "data.png", "data.json"
+PURPOSES = {"train": "to learn from", "validation": "to validate on", "test": "to test on"}
+ADJECTIVES = {"train": "training", "validation": "validation", "test": "test"}
 ENOUGH_PIXELS = 25  # of an object in the predicted masks: with fewer, its outline cannot be told
 
 
@@ -53,8 +55,7 @@ class DataSummary:
 
     Args:
         about: Where the data comes from.
-        train: What it learns from.
-        validation: What it validates on.
+        parts: What it learns from (`train`), validates on (`validation`) and tests on (`test`, if there is any).
         sides: The longer side of each window, in pixels.
         mask_side: Pixels along a side of the masks that the model predicts.
         left_out: How many objects, images and tiles are left out, by reason.
@@ -62,8 +63,7 @@ class DataSummary:
     """
 
     about: str
-    train: PartSummary
-    validation: PartSummary
+    parts: dict[str, PartSummary]
     sides: list[int]
     mask_side: int
     left_out: Counter[str]
@@ -72,74 +72,74 @@ class DataSummary:
     @classmethod
     def of(cls, parts: TrainValidationParts, about: str, mask_side: int) -> "DataSummary":
         """Summarizes samples."""
-        sides = [max(span.stop - span.start for span in sample.window) for sample in parts.train + parts.validation]
-        return cls(
-            about,
-            PartSummary.of(parts.train),
-            PartSummary.of(parts.validation),
-            sides,
-            mask_side,
-            parts.left_out,
-            parts.notes,
-        )
+        samples = {name: getattr(parts, name) for name in PURPOSES if getattr(parts, name)}
+        sides = [max(span.stop - span.start for span in one.window) for of_part in samples.values() for one in of_part]
+        summaries = {name: PartSummary.of(of_part) for name, of_part in samples.items()}
+        return cls(about, summaries, sides, mask_side, parts.left_out, parts.notes)
+
+    @property
+    def objects(self) -> dict[str, int]:
+        """The number of objects of each part."""
+        return {name: len(part.areas) for name, part in self.parts.items()}
 
     def __str__(self) -> str:
         """The numbers, and what to do about them, in some lines."""
-        train, validation = self.train, self.validation
-        tiles = train.samples + validation.samples
-        images = f"{len(train.objects_per_image)} to learn from, {len(validation.objects_per_image)} to validate on"
-        if tiles > len(train.objects_per_image) + len(validation.objects_per_image):
+        objects = ", ".join(f"{number} {ADJECTIVES[name]} objects" for name, number in self.objects.items())
+        images = ", ".join(f"{len(part.objects_per_image)} {PURPOSES[name]}" for name, part in self.parts.items())
+        tiles = sum(part.samples for part in self.parts.values())
+        if tiles > len(self.all_of("objects_per_image")):
             images += f", cut into {tiles} tiles"
         table = {
             "images": images,
             "sides": f"{spread(self.sides)} pixels",
-            "objects per image": spread(train.objects_per_image + validation.objects_per_image),
-            "pixels per object": f"{spread(train.areas + validation.areas)} in the image",
-            "": f"{spread(train.mask_areas + validation.mask_areas)} in the model's masks of {self.mask_side} x "
-            f"{self.mask_side}",
+            "objects per image": spread(self.all_of("objects_per_image")),
+            "pixels per object": f"{spread(self.all_of('areas'))} in the image",
+            "": f"{spread(self.all_of('mask_areas'))} in the model's masks of {self.mask_side} x {self.mask_side}",
         }
         return "\n".join(
             [
-                f"{self.about}: {len(train.areas)} training objects, {len(validation.areas)} validation objects.",
+                f"{self.about}: {objects}.",
                 *(f"  {name:18} {value}" for name, value in table.items()),
                 *(f"  left out: {line}" for line in lines(self.left_out)),
                 *(f"  note: {note}" for note in [*self.notes, *self.advice()]),
             ]
         )
 
+    def all_of(self, name: str) -> list[int]:
+        """The numbers of all parts together."""
+        return [number for part in self.parts.values() for number in getattr(part, name)]
+
     def advice(self) -> list[str]:
         """What to do about sizes and numbers that make training hard."""
-        train = self.train
-        median = float(np.median(train.mask_areas))
+        median = float(np.median(self.parts["train"].mask_areas))
         advice = []
         if median < ENOUGH_PIXELS and (tile := self.tile_for(4 * ENOUGH_PIXELS)) < max(self.sides):
             advice.append(
                 f"half of the objects have fewer than {ENOUGH_PIXELS} pixels in the model's masks, too few for their "
                 f"outlines: --tile {tile} shows them larger"
             )
-        if len(self.validation.areas) < 10:
+        if self.objects["validation"] < 10:
             advice.append(
-                f"{number_of(len(self.validation.areas), 'validation object')} will say little about how good the "
+                f"{number_of(self.objects['validation'], 'validation object')} will say little about how good the "
                 "model is: label more images, or hold out a larger share with --validation"
             )
         return advice
 
     def tile_for(self, mask_area: int) -> int:
         """Returns the side of tiles in which half of the objects have so many pixels in the model's masks, or more."""
-        side = self.mask_side * math.sqrt(float(np.median(self.train.areas)) / mask_area)
+        side = self.mask_side * math.sqrt(float(np.median(self.parts["train"].areas)) / mask_area)
         return max(128, 2 ** round(math.log2(side)))
 
     def save(self, folder: Path, parts: TrainValidationParts) -> None:
         """Writes the numbers as `data.json`, and a picture of some images as `data.png`."""
-        named = {"train": self.train, "validation": self.validation}
         content = {
-            "images": {name: len(part.objects_per_image) for name, part in named.items()},
-            "objects": {name: len(part.areas) for name, part in named.items()},
+            "images": {name: len(part.objects_per_image) for name, part in self.parts.items()},
+            "objects": self.objects,
             "left_out": dict(self.left_out),
             "notes": [*self.notes, *self.advice()],
         }
         (folder / FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        draw_samples({"training": parts.train, "validation": parts.validation}).save(folder / PICTURE)
+        draw_samples({ADJECTIVES[name]: getattr(parts, name) for name in self.parts}).save(folder / PICTURE)
 
 
 def spread(numbers: list[int]) -> str:

@@ -64,7 +64,7 @@ def finetune(settings: Settings) -> None:
         "revision": settings.model.revision,
         "data": about_data,
         "prompts": settings.prompts.prompts,
-        "objects": {"train": len(summary.train.areas), "validation": len(summary.validation.areas)},
+        "objects": summary.objects,
         "trainable_parameters": trainable,
     }
     with opened_run(settings, parts, is_main) as checkpoint:

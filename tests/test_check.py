@@ -64,6 +64,17 @@ def test_the_check_counts_and_draws_and_trains_nothing(photos, tmp_path, capsys)
     assert areas is None or 2000 * 0.16 * 0.8 < int(areas[1]) <= int(areas[2]) < 2000 * 0.16 * 1.2
 
 
+def test_test_images_are_counted_too(photos, tmp_path, capsys):
+    for kind in ("images", "masks"):
+        for number, part in enumerate(("train", "train", "train", "valid", "test")):
+            (photos / kind / part).mkdir(exist_ok=True)
+            (photos / kind / f"photo{number}.png").rename(photos / kind / part / f"photo{number}.png")
+    written = check(photos, tmp_path / "out")
+    assert written["images"] == {"train": 3, "validation": 1, "test": 1}
+    assert written["objects"] == {"train": 15, "validation": 5, "test": 5}
+    assert "15 training objects, 5 validation objects, 5 test objects." in capsys.readouterr().out
+
+
 def test_the_picture_outlines_the_objects_that_are_used(photos, tmp_path):
     check(photos, tmp_path / "out")
     with Image.open(tmp_path / "out" / "data.png") as file:

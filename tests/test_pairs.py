@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
+import torch
 from labelled_images import MASK_SIDE, Array, blocks, save_pair
 from PIL import Image
 from pycocotools import mask as rle
@@ -16,7 +17,9 @@ from finetuning.folders import paired_files
 from finetuning.labels import VOID, LabelReading
 from finetuning.options import parse
 from finetuning.prompts import OUTSIDE, ItemEncoder, Prompts, TrainingSet, ValidationSet
+from finetuning.recipe import read_data
 from finetuning.samples import train_validation_parts
+from finetuning.sources import Coins
 
 
 def folders(path: Path) -> tuple[Path, Path]:
@@ -204,3 +207,58 @@ def test_wrong_options_are_named(arguments, problem, capsys):
     with pytest.raises(SystemExit):
         parse(arguments)
     assert problem in capsys.readouterr().err
+
+
+def coins_as(form: str, folder: Path) -> list[str]:
+    """Writes the coins, and returns the options that read them."""
+    whole = Coins().read()
+    images, masks = folders(folder)
+    options = ["--images", str(images), "--masks", str(masks)]
+    if form == "16-bit TIFF":
+        tifffile.imwrite(images / "coins.tif", whole.image[..., 0].astype(np.uint16) * 257, photometric="minisblack")
+        tifffile.imwrite(masks / "coins.tif", whole.labels.astype(np.uint16), compression="zlib")
+        return [*options, "--intensity", "dtype"]
+    Image.fromarray(whole.image).save(images / "coins.png")
+    numbers = range(1, whole.labels.max() + 1)
+    if form == "PNG":
+        Image.fromarray(whole.labels).save(masks / "coins.png")
+    elif form == "binary PNG":
+        Image.fromarray(whole.labels > 0).save(masks / "coins.png")
+        options += ["--instances", "components"]
+    elif form == "a file per object":
+        (masks / "coins").mkdir()
+        for number in numbers:
+            Image.fromarray(whole.labels == number).save(masks / "coins" / f"{number:02}.png")
+        options += ["--mask-pattern", "{stem}/*.png"]
+    elif form == "COCO":
+        runs = [rle.encode(np.asfortranarray(whole.labels == number, dtype=np.uint8)) for number in numbers]
+        annotations = [
+            {"id": place, "image_id": 1, "segmentation": {"size": run["size"], "counts": run["counts"].decode()}}
+            for place, run in enumerate(runs)
+        ]
+        listed = [{"id": 1, "file_name": "coins.png", "height": 303, "width": 384}]
+        (folder / "coco.json").write_text(json.dumps({"images": listed, "annotations": annotations}))
+        options = ["--images", str(images), "--coco", str(folder / "coco.json")]
+    return options
+
+
+@pytest.mark.parametrize("form", ["PNG", "16-bit TIFF", "binary PNG", "a file per object", "COCO"])
+def test_the_coins_are_the_same_in_every_form(form, tmp_path, processor):
+    """The same pixels, objects and prompts, and so the same IoU."""
+    (tmp_path / "files").mkdir()
+    arguments = [*coins_as(form, tmp_path / "files"), "--output", str(tmp_path / "out")]
+    encode = ItemEncoder(processor, MASK_SIDE, Prompts("mixed", negative_points=1))
+    items = []
+    for options in (arguments, arguments[-2:]):
+        parts, _ = read_data(parse(options).data, MASK_SIDE, seed=0)
+        items.append(ValidationSet(parts.validation, encode)[0])
+    actual, expected = items
+    assert actual["labels"].shape[0] == 10
+    if form == "binary PNG":  # its objects have numbers in another order
+        assert {one.numpy().tobytes() for one in actual["labels"]} == {
+            one.numpy().tobytes() for one in expected["labels"]
+        }
+        torch.testing.assert_close(actual["pixel_values"], expected["pixel_values"], rtol=0, atol=0)
+        return
+    for name in expected:
+        torch.testing.assert_close(actual[name], expected[name], rtol=0, atol=0)
