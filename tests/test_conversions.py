@@ -270,6 +270,15 @@ def test_a_wrong_result_is_not_kept(split_dir, stock, tmp_path, monkeypatch):
 meta_from_sam = meta_layout.meta_from_sam
 
 
+@pytest.mark.parametrize("command", ["from-meta sam.pth out --decoder-heads 2", "to-meta {stock_dir} out.pth"])
+def test_a_wrong_name_for_a_weight_is_noticed(command, stock, stock_dir, refused, monkeypatch):
+    """Although it is wrong both ways: Meta's own code gives other masks."""
+    torch.save(meta_from_sam(stock), "sam.pth")
+    exchange = (r"(blocks\.\d+\.norm)(\d)", lambda match: f"{match[1]}{3 - int(match[2])}")
+    monkeypatch.setattr(meta_layout, "RENAMES", [*meta_layout.RENAMES, exchange])
+    assert "its outputs differ from the source's" in refused(command.format(stock_dir=stock_dir))
+
+
 def test_command_line(convert):
     """On the embedded checkpoint, there and back."""
     for command in (
