@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraModel
 from transformers import SamModel
 
-from checkpoint_tools import adapters
+from checkpoint_tools import adapters, conversions
 from checkpoint_tools.comparison import example_outputs, largest_relative_error
 from checkpoint_tools.staging import split_class
 
@@ -49,6 +49,19 @@ def test_a_dropped_adapter_is_noticed(size, dtype, tmp_path, refused, monkeypatc
     monkeypatch.setattr(LoraModel, "merge_and_unload", drop_the_adapter)
     assert "its outputs differ from the source's by" in refused("to-sam base out --adapter adapter")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_what_is_written_is_what_was_rounded(dtype, tmp_path, refused, monkeypatch):
+    """A change of the file is not taken for rounding."""
+    write_adapter(base_in(dtype, tmp_path / "base"), tmp_path / "adapter", 0.03)
+
+    def tamper(source: str, folder: Path) -> None:
+        rewrite(folder, lambda weights: weights["vision_encoder.neck.conv1.weight"].mul_(1.01))
+
+    monkeypatch.setattr(conversions, "copy_processor", tamper)
+    message = refused("to-sam base out --adapter adapter")
+    assert "weights in the file are not those of the model: vision_encoder.neck.conv1.weight" in message
 
 
 @pytest.mark.parametrize("dtype", HALF)
