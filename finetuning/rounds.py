@@ -204,6 +204,36 @@ def image_embeddings_of(model: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
         hook.remove()
 
 
+class LastImage:
+    """Remembers the image that was encoded last, so that its other objects need no pass of the encoder.
+
+    The model's weights must not change in between: `forget` before they are used again.
+    """
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Forgets the image."""
+        self.last: tuple[torch.Tensor, torch.Tensor] | None = None  # pixels and embeddings
+
+    @contextmanager
+    def encoded_once(
+        self, model: torch.nn.Module, batch: dict[str, torch.Tensor]
+    ) -> Iterator[dict[str, torch.Tensor]]:
+        """Yields the batch, with `image_embeddings` in the place of `pixel_values` if they are those of last time."""
+        pixel_values = batch.get("pixel_values")
+        if pixel_values is None:
+            yield batch
+        elif self.last is not None and torch.equal(pixel_values, self.last[0]):
+            prompts = {name: tensor for name, tensor in batch.items() if name != "pixel_values"}
+            yield {**prompts, "image_embeddings": self.last[1]}
+        else:
+            with image_embeddings_of(model) as embeddings:
+                yield batch
+            self.last = pixel_values, embeddings[0]
+
+
 def part(model: torch.nn.Module, name: str) -> Any:
     """Returns the module `name` of SAM, whatever `model` is wrapped in."""
     return next(module for path, module in model.named_modules() if path.rpartition(".")[2] == name)

@@ -16,12 +16,13 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer_utils import EvalLoopOutput
 
 from .embeddings import EmbeddingCache
 from .losses import MaskMetrics, StepLoss, object_scores
 from .predictor import Predictor
 from .prompts import ItemEncoder, Prompts, TrainingSet, ValidationSet
-from .rounds import Prompting
+from .rounds import LastImage, Prediction, Prompting
 from .samples import Sample, TrainValidationParts
 from .segmentation_settings import SegmentationSettings
 from .settings import AUTOMATIC, Settings
@@ -40,6 +41,7 @@ class PromptTrainer(Trainer):
     def __init__(self, prompting: Prompting, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.prompting = prompting
+        self.last_image = LastImage()
 
     def get_train_dataloader(self) -> DataLoader:
         """Returns batches in order, as the dataset shuffles itself."""
@@ -62,11 +64,25 @@ class PromptTrainer(Trainer):
             if model.training:
                 predictions = self.prompting.predict_to_train(model, batch, targets, self.state.global_step)
             else:
-                predictions = list(self.prompting.predict_to_validate(model, batch, targets).values())
+                predictions = self.predict_to_validate(model, batch, targets)
             ratings, masks = zip(*predictions, strict=True)
             return {"iou_scores": ratings, "pred_masks": masks}
 
         return super().compute_loss(outputs, inputs, *args, **kwargs)
+
+    def predict_to_validate(
+        self, model: torch.nn.Module, batch: dict[str, torch.Tensor], targets: torch.Tensor
+    ) -> list[Prediction]:
+        """Returns the predictions of all that is validated; items of one image follow each other and share a pass."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # all ranks must run the same modules
+            return list(self.prompting.predict_to_validate(model, batch, targets).values())
+        with self.last_image.encoded_once(model, batch) as batch:
+            return list(self.prompting.predict_to_validate(model, batch, targets).values())
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Evaluates as `Trainer` does; the weights have changed since the last time."""
+        self.last_image.forget()
+        return super().evaluation_loop(*args, **kwargs)
 
 
 def build_trainer(
@@ -116,7 +132,7 @@ def build_trainer(
         callbacks=callbacks,
     )
     if embeddings:
-        samples = [*parts.train, *parts.validation][training.process_index :: training.world_size]
+        samples = [*parts.train, *parts.validation, *parts.test][training.process_index :: training.world_size]
         with trainer.compute_loss_context_manager():  # in the precision of training
             embeddings.fill(samples, show_progress=training.process_index == 0)
         trainer.accelerator.wait_for_everyone()
