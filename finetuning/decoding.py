@@ -101,9 +101,10 @@ def open_image(path: Path, reading: ImageReading) -> Iterator[Image.Image]:
 def require_size(height: int, width: int, bytes_per_pixel: float, reading: ImageReading) -> None:
     """Raises an error if an image is too large to decode."""
     if height * width * max(1.0, bytes_per_pixel / 4) > reading.max_pixels:
+        large = f" of {bytes_per_pixel:g} bytes" if bytes_per_pixel > 4 else ""
         raise ValueError(
-            f"{width} x {height} pixels of {bytes_per_pixel:g} bytes are more than --max-pixels {reading.max_pixels}: "
-            "cut it into smaller files, or raise --max-pixels if you trust it and have the memory."
+            f"{width} x {height} pixels{large} are more than --max-pixels {reading.max_pixels}: cut it into smaller "
+            "files, or raise --max-pixels if you trust it and have the memory."
         )
 
 

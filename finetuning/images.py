@@ -56,8 +56,8 @@ def rgb_of(pixels: Pixels, reading: ImageReading, path: Path) -> np.ndarray:
         values = values[..., [channel - 1 for channel in reading.channels]]
     elif bands > 1 and not pixels.bands_are_colours:
         raise ValueError(
-            f"{path}: it has {bands} bands, and does not say which are colours. Choose three of them with --channels, "
-            f"as in --channels {' '.join(str(min(n, bands)) for n in (1, 2, 3))}, or one: --channels 1."
+            f"{path}: it has {bands} bands, and does not say which are colours. Choose red, green and blue with "
+            f"--channels, as in --channels {'1 2' if bands == 2 else '1 2 3'}, or one of them for grey: --channels 1."
         )
     try:
         values = with_8_bits(values, reading.intensity, together)
@@ -97,9 +97,10 @@ def labels_of(pixels: Pixels, path: Path) -> np.ndarray:
         if labels.shape[2] in (1, 3) and (labels == labels[..., :1]).all():
             labels = labels[..., 0]
     if labels.ndim != 2 or labels.dtype.kind not in "biu":
+        advice = " If each colour is an object, say --color-masks." if labels.ndim == 3 else " Save it as integers."
         raise ValueError(
             f"{path}: expected a 2-D integer mask (0 = background, one number per object), got shape {labels.shape} "
-            f"and dtype {labels.dtype}."
+            f"and dtype {labels.dtype}.{advice}"
         )
     return labels
 

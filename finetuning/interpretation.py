@@ -45,6 +45,8 @@ def interpret(facts: list[MaskFacts], reading: LabelReading) -> tuple[LabelReadi
     Raises:
         DataError: With every question that the masks leave open, and the options that answer it.
     """
+    if not facts:
+        return reading, []
     if question := soft_edges(facts, reading):
         raise DataError([question])
     background, answers = find_background(facts, reading)

@@ -175,6 +175,8 @@ def advice(parts: TrainValidationParts) -> str:
             "Images are scaled down to the model's size, and objects become too small: use --tile, as in --tile 1024, "
             "or lower --min-area."
         )
+    if not parts.train + parts.validation and set(parts.left_out) == {EMPTY}:
+        return "All pixels are background: are these the masks?"
     return "Add images, or change --validation, --tile or --min-area."
 
 

@@ -225,3 +225,23 @@ def test_how_images_are_read_is_stored_with_the_weights(tmp_path):
     finetune.main([*options, "--steps", "1", "--image-size", "64", "--objects", "2"])
     reading = SegmentationSettings.load(tmp_path / "out" / "adapter").reading
     assert reading == ImageReading((3, 1), None, "min-max")
+
+
+@pytest.mark.parametrize(
+    ("mask", "advice"),
+    [
+        (np.zeros((40, 48), np.uint8), "No training objects left. All pixels are background: are these the masks?"),
+        (blocks().astype(np.float32), "dtype float32. Save it as integers."),
+        (np.dstack([blocks() % 256] * 2 + [blocks() // 2]).astype(np.uint8), "say --color-masks"),
+        (np.full((40, 48), 7, np.uint8), "7 fills the image, as in"),
+        (((blocks() > 0) * 255).astype(np.uint8), "--instances components"),
+    ],
+)
+def test_wrong_masks_are_answered_with_what_to_do(mask, advice, tmp_path):
+    for number in range(2):
+        _, path = save_pair(tmp_path, f"photo{number}", blocks())
+        path.unlink()
+        tifffile.imwrite(path.with_suffix(".tif"), mask)
+    with pytest.raises(SystemExit) as exit_:
+        check(tmp_path, tmp_path / "out")
+    assert advice in str(exit_.value) and "Traceback" not in str(exit_.value)

@@ -251,3 +251,4 @@ def test_settings_out_of_range_are_named(changes, problem):
 
 def test_empty_masks_ask_nothing():
     assert read([np.zeros((5, 6), np.uint8)] * 3)[1] == []
+    assert read([]) == ([], [])
