@@ -114,8 +114,12 @@ class PromptSettings:
         metadata={"nargs": "?", "const": True},
     )
 
+    grid: int = HfArg(
+        default=32, help="points along a side of the grid that finds all objects, to choose thresholds for it"
+    )
+
     def __post_init__(self) -> None:
-        require_at_least(1, self, "points", "objects")
+        require_at_least(1, self, "points", "objects", "grid")
         require_at_least(0, self, "negative_points", "rounds")
 
 

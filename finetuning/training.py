@@ -147,6 +147,7 @@ def segmentation_settings(settings: Settings) -> SegmentationSettings:
         tile=settings.data.tile,
         overlap=settings.data.overlap,
         multimask=switches[settings.prompts.multimask],
+        grid=settings.prompts.grid,
         reading=settings.data.image_reading,
     )
 

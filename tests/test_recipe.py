@@ -58,6 +58,7 @@ SMALL_RUN = [
     "--learning-rate",
     "0.01",
 ]
+SMALL_RUN += ["--grid", "8"]
 
 
 def run(output: Path, *arguments: str) -> dict:
@@ -255,7 +256,7 @@ def test_weights_worse_than_the_base_are_not_passed_off_as_better(photos, tmp_pa
 def test_adapter_brings_how_it_is_to_be_used(whole_run):
     output, _, _ = whole_run
     settings = SegmentationSettings.load(output / "adapter")
-    assert (settings.image_size, settings.tile, settings.multimask) == (128, None, "single-point")
+    assert (settings.image_size, settings.tile, settings.multimask, settings.grid) == (128, None, "single-point", 8)
     assert settings.min_iou < SegmentationSettings().min_iou, "swept, not the default of a large model"
 
 
