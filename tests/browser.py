@@ -1,6 +1,7 @@
 """A headless Chromium that uses the page of `app.py` as people do, and takes pictures of it.
 
-python tests/browser.py build/finetune/adapter  # remakes those of docs/app.md, with the page that this adapter opens
+python finetune.py --image-size 192 --max-steps 150  # and then, with this adapter, it remakes those of docs/app.md:
+python tests/browser.py build/finetune/adapter
 """
 
 import shutil
@@ -99,3 +100,37 @@ def download(page: Page, ending: str, folder: Path) -> Path:
     path = folder / waiting.value.suggested_filename
     waiting.value.save_as(path)
     return path
+
+
+def save_picture(page: Page, path: Path) -> None:
+    """Saves a picture of the page that is small enough for the docs."""
+    page.mouse.move(0, 0)
+    page.wait_for_timeout(1000)  # animations
+    page.screenshot(path=path, type="jpeg", quality=80)
+    print(f"{path}: {path.stat().st_size:,} bytes")
+
+
+def main(adapter: str) -> None:
+    """Takes the pictures."""
+    folder = ROOT / "docs" / "images"
+    with app("--adapter", adapter) as url:
+        with browser(url, height=720) as page:
+            click(page, 335, 43)
+            press(page, "Next object")
+            click(page, 46, 125)
+            press(page, "Next object")
+            page.get_by_text("Box: two clicks").click()
+            click(page, 146, 235)
+            click(page, 207, 294)
+            save_picture(page, folder / "app.jpg")
+            page.get_by_role("tab", name="Before and after").click()
+            page.get_by_text("3 objects before").wait_for()
+            save_picture(page, folder / "app-before-after.jpg")
+        with browser(url, dark=True, height=720) as page:
+            page.get_by_role("tab", name="All objects").click()
+            press(page, "Find all objects")
+            save_picture(page, folder / "app-all-objects.jpg")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

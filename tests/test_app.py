@@ -1,7 +1,9 @@
 """The page of `app.py` without a browser: what a user does, and what comes of it."""
 
 import json
+import pickle
 from dataclasses import replace
+from types import SimpleNamespace
 
 import gradio as gr
 import numpy as np
@@ -11,10 +13,12 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import AutoProcessor, SamModel
 
+import app
 from checkpoint_tools.staging import ROOT, SAM_TINY, split_class
 from finetuning.coco_masks import decode
 from finetuning.segmentation_settings import SegmentationSettings
 from webapp import session as actions
+from webapp import zero_gpu
 from webapp.downloads import write_files
 from webapp.drawing import draw, draw_masks
 from webapp.handlers import choices_of, raises, required, segment_file, settings_of, status_of, table_of, warns
@@ -279,3 +283,46 @@ def test_sliders_change_the_settings_of_the_weights(model):
     assert settings_of(model, (0.5, 0.6, 0.7, 8.0)) == replace(
         SETTINGS, min_iou=0.5, min_stability=0.6, max_overlap=0.7, grid=8
     )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--images", "{empty}"], "expected a folder of images"),
+        (["--images", "{empty}/none"], "expected a folder"),
+        (["--base", "{empty}"], "not a SAM v1 checkpoint"),
+        (["--adapter", "{empty}"], "not an adapter"),
+    ],
+)
+def test_what_the_page_cannot_be_made_of_is_said_in_one_line(tmp_path, capsys, arguments, message):
+    with pytest.raises(SystemExit) as end:
+        app.main([argument.format(empty=tmp_path) for argument in arguments])
+    said = f"{end.value} {capsys.readouterr().err}"
+    assert message in said
+    assert "Traceback" not in said
+
+
+def test_without_gradio_the_command_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(app, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match=r'pip install "\.\[app\]"'):
+        app.main([])
+
+
+def test_on_zero_gpu_the_model_runs_in_marked_functions_and_their_results_are_on_the_cpu(monkeypatch, model):
+    """With a stand-in for the package `spaces`, which sends arguments and results to another process."""
+    calls = []
+
+    def gpu(function):
+        def elsewhere(*args):
+            calls.append(function.__name__)
+            return pickle.loads(pickle.dumps(function(*pickle.loads(pickle.dumps(args)))))
+
+        return elsewhere
+
+    monkeypatch.setattr(zero_gpu, "spaces", SimpleNamespace(GPU=gpu))
+    lent = SharedModel(model.model, model.predictor.processor, SETTINGS)
+    session = actions.add_click(Session(open_file(lent, COINS)), COIN, "inside")
+    session = actions.find_all(session, SETTINGS)
+    assert calls == ["run_encoder", "run_decoder", "run_grid"]
+    expected = actions.find_all(Session(open_file(model, COINS)), SETTINGS)
+    assert [segment.area for segment in session.segments] == [segment.area for segment in expected.segments]

@@ -88,7 +88,7 @@ def test_each_user_has_an_image_of_their_own(url, tmp_path):
         page.get_by_text("text.png: ").wait_for()
         page.get_by_test_id("Upload-upload-button").set_input_files(tmp_path / "mine.png")
         page.wait_for_function("before => document.querySelector('#picture img').src != before", arg=source)
-        other.get_by_text("Point beside it").click()
+        other.get_by_text("Point outside").click()
         click(page, 150, 150)
         page.get_by_text("1 object.").wait_for()
         assert "mine" in download(page, "labels.png", tmp_path).name

@@ -118,8 +118,10 @@ class SharedModel:
             answers = [self.predictor.decode(here, prompts, multimask) for multimask in (True, False)]
         ratings, logits = (torch.cat([part[0] for part in parts]) for parts in zip(*answers, strict=True))
         stabilities = stability_scores(self.predictor.without_padding(here, logits))
-        scores = zip(self.predictor.full_size(here, logits), ratings.tolist(), stabilities.tolist(), strict=True)
-        return [segment_of(mask, rating, stability) for mask, rating, stability in scores]
+        return [  # one at a time: a mask of a large image takes much memory until it is cropped
+            segment_of(self.predictor.full_size(here, logit[None])[0], rating, stability)
+            for logit, rating, stability in zip(logits, ratings.tolist(), stabilities.tolist(), strict=True)
+        ]
 
     def run_grid(self, encoded: EncodedImage, settings: SegmentationSettings, adapted: bool) -> Candidates:
         """`find`, on the GPU if there is one."""

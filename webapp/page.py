@@ -30,7 +30,7 @@ from .session import ActionError, Session
 
 MAX_FILE_SIZE = "50mb"
 SECONDS_TO_KEEP = 3600  # after the last action of a user
-MODES = [("Point in the object", "inside"), ("Point beside it", "outside"), ("Box: two clicks", "box")]
+MODES = [("Point inside", "inside"), ("Point outside", "outside"), ("Box: two clicks", "box")]
 COLUMNS = ["object", "pixels", "left, top: size", "rating", "stability"]
 COLUMN_WIDTHS: list[str | int] = ["16%", "17%", "32%", "15%", "20%"]
 CSS = """
