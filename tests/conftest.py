@@ -24,7 +24,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from hub import Hub, serve  # noqa: E402
-from huggingface_hub import constants  # noqa: E402
+from huggingface_hub import constants, hf_api  # noqa: E402
 from labelled_images import blocks, save_pair  # noqa: E402
 from packaging.version import Version  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
@@ -120,6 +120,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactor
             "HF_HUB_CACHE": str(tmp_path_factory.mktemp("cache")),
         }.items():
             monkeypatch.setattr(constants, name, value)
+        monkeypatch.setattr(hf_api.api, "endpoint", server.url)  # of huggingface_hub's functions, which PEFT calls
         monkeypatch.setenv("HF_TOKEN", "hf_writer")
         yield server.hub
 

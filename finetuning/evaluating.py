@@ -1,0 +1,180 @@
+"""Evaluates an adapter, or a model, from its id to a table: finds data, model and settings, and writes the results."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+from transformers import SamProcessor
+
+from checkpoint_tools.outputs import require_replaceable, staged
+from checkpoint_tools.staging import SAM_TINY
+
+from .decoding import DataError
+from .evaluation import (
+    AUTOMATIC,
+    MODES,
+    EvaluationImage,
+    Scores,
+    class_summary,
+    evaluate_images,
+    evaluation_image,
+    summary,
+    without_adapter,
+)
+from .evaluation_files import class_table, push_to_card, table, write_results
+from .layouts import read_sources
+from .model import load_adapted, load_base
+from .predictor import Predictor
+from .recipe import read_data
+from .samples import Sample, areas_of, checked
+from .segmentation import DEVICE
+from .segmentation_settings import SegmentationSettings
+from .settings import DataSettings, SettingsError
+
+
+OUTPUT = "evaluation"  # the kind of output
+BEFORE, AFTER = "before", "after"
+
+
+@dataclass(frozen=True)
+class EvaluationRequest:
+    """What is to be evaluated, and how.
+
+    Args:
+        data: Labelled images.
+        held_out: Whether to evaluate on what the recipe holds out for validation only, as the data settings divide it.
+        adapter: Folder or Hub id of an adapter.
+        model: Folder or Hub id of a whole model, instead of an adapter.
+        base: Folder or Hub id of the model before; None for that of the adapter.
+        revision: Of the base, on the Hub.
+        modes: Of `MODES`.
+        clicks: Most clicks on an object.
+        output: Folder for the results.
+        force: Whether to replace what an earlier run wrote there.
+        push: Whether to write the results into the adapter's card on the Hub.
+        changes: Settings to use instead of those that came with the model; None where there is no change.
+    """
+
+    data: DataSettings
+    held_out: bool = False
+    adapter: str | None = None
+    model: str | None = None
+    base: str | None = None
+    revision: str | None = None
+    modes: Sequence[str] = MODES
+    clicks: int = 8
+    output: Path = Path("build/evaluate")
+    force: bool = False
+    push: bool = False
+    changes: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.push and (not self.trained or Path(self.trained).exists()):
+            raise SettingsError("--push: expected the Hub id of an adapter or a model that you may write to.")
+        if self.clicks < 1:
+            raise SettingsError(f"--clicks {self.clicks}: expected 1 or more.")
+
+    @property
+    def trained(self) -> str | None:
+        """Folder or Hub id of what was fine-tuned."""
+        return self.adapter or self.model
+
+
+def evaluate(request: EvaluationRequest) -> dict[str, dict[str, Any]]:
+    """Evaluates what the request names, prints the tables, writes all results, and returns the metrics by model.
+
+    Raises:
+        ValueError: If data, model or settings do not fit; then nothing is written.
+        FileExistsError: If the output folder is in use.
+    """
+    huggingface_hub.logging.set_verbosity_error()  # otherwise it logs every retry when offline
+    sources = [request.data.images, request.data.masks, request.data.coco, request.base, request.trained]
+    require_replaceable(request.output, OUTPUT, request.force, sources)
+    images, about_data = read_images(request)
+    number = sum(len(image.objects) for image in images)
+    print(f"{about_data}: {number} objects in {len(images)} images.", flush=True)
+    scores, settings = score(request, images)
+    summaries = {title: summary(each, images) for title, each in scores.items()}
+    classes = {title: class_summary(each, images) for title, each in scores.items()}
+    facts = {"data": about_data, "images": len(images), "objects": number, "model": request.trained or request.base}
+    with staged(request.output, OUTPUT, request.force, sources) as folder:
+        write_results(folder, facts, images, scores, summaries, classes)
+    text = "\n\n".join(part for part in (table(summaries), class_table(classes), notes(request, settings)) if part)
+    print(f"{text}\n\nTables and pictures: {request.output}")
+    if request.push:
+        print(f"Card: {push_to_card(str(request.trained), about_data, summaries, text)}")
+    return summaries
+
+
+def read_images(request: EvaluationRequest) -> tuple[list[EvaluationImage], str]:
+    """Returns the images, and what they are.
+
+    Raises:
+        DataError: With every problem of every image, or if there are no objects.
+    """
+    data = request.data
+    if request.held_out or not data.images:
+        parts, about_data = read_data(replace(data, tile=None, min_area=0), mask_side=1024, seed=0)
+        return [evaluation_image(sample) for sample in parts.validation], f"{about_data}, the part held out"
+    samples, problems = [], []
+    for source in read_sources(data).sources:
+        try:
+            whole = checked(source)
+        except (ValueError, OSError) as error:
+            problems.append(str(error))
+            continue
+        height, width = whole.image.shape[:2]
+        ids, _ = areas_of(whole.labels)
+        samples.append(Sample(source, (slice(0, height), slice(0, width)), ids, whole.categories))
+    images = [] if problems else [evaluation_image(sample) for sample in samples]
+    if problems or not any(image.objects for image in images):
+        raise DataError(problems or [f"{data.images}: the images show no labelled object."])
+    number = "1 image" if len(images) == 1 else f"{len(images)} images"
+    return images, f"{number} from {data.images.name}"
+
+
+def score(
+    request: EvaluationRequest, images: Sequence[EvaluationImage]
+) -> tuple[dict[str, Scores], SegmentationSettings]:
+    """Returns what the model reaches before and after, as far as there are both, and the settings after."""
+    image_size = request.changes.get("image_size")
+    models: dict[str, tuple[Any, SamProcessor]] = {}
+    if request.adapter:
+        models[AFTER] = load_adapted(request.adapter, request.base, request.revision, image_size)
+        models = {BEFORE: models[AFTER], **models}
+    else:
+        if request.base or not request.model:
+            base = request.base or str(SAM_TINY)
+            models[BEFORE] = load_base(base, request.revision, image_size=image_size)
+        if request.model:
+            models[AFTER] = load_base(request.model, image_size=image_size)
+    settings = SegmentationSettings.load(request.trained or request.base or SAM_TINY).but(**request.changes)
+    scores = {}
+    for title, (model, processor) in models.items():
+        predictor = Predictor(model.eval().to(DEVICE), processor)
+        used = settings if title == AFTER else base_settings(settings, request.changes)
+        with without_adapter(model) if title == BEFORE else nullcontext():
+            scores[title] = evaluate_images(predictor, images, used, request.modes, request.clicks)
+    return scores, settings
+
+
+def base_settings(settings: SegmentationSettings, changes: dict[str, Any]) -> SegmentationSettings:
+    """Returns the settings for the model before: SAM's own thresholds, unless others are given."""
+    own = SegmentationSettings()
+    return replace(settings, min_iou=own.min_iou, min_stability=own.min_stability).but(**changes)
+
+
+def notes(request: EvaluationRequest, settings: SegmentationSettings) -> str:
+    """Says with which settings all that was measured."""
+    if AUTOMATIC not in request.modes:
+        return ""
+    before = base_settings(settings, request.changes)
+    thresholds = [f"{each.min_iou:g} and {each.min_stability:g}" for each in (before, settings)]
+    if not request.trained:
+        return f"Automatic masks have a predicted IoU and a stability of at least {thresholds[0]}."
+    return (
+        f"Automatic masks have a predicted IoU and a stability of at least {thresholds[1]}; before, {thresholds[0]}."
+    )
