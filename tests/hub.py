@@ -97,7 +97,15 @@ class Hub:
 
 
 def is_lfs(path: str) -> bool:
-    return path.endswith((".safetensors", ".bin"))
+    return path.endswith((".safetensors", ".bin", ".parquet"))
+
+
+def entry_of(path: str, file: File) -> dict:
+    """A file in the answers to questions about files."""
+    entry = {"type": "file", "path": path, "size": len(file.content), "oid": file.oid}
+    if file.lfs:
+        entry["lfs"] = {"oid": file.oid, "size": len(file.content), "pointerSize": 130}
+    return entry
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -195,17 +203,18 @@ class Handler(BaseHTTPRequestHandler):
         files = [{"rfilename": path} for path in repo.commits[oid]]
         self.reply({"id": name, "modelId": name, "sha": oid, "private": repo.private, "siblings": files, "tags": []})
 
+    def paths_info(self, hub: Hub, name: str, revision: str) -> None:
+        repo = hub.repo(name, self.token)
+        files = repo.commits[hub.resolve(repo, revision)]
+        wanted = parse_qs(self.body.decode())["paths"]
+        self.reply([entry_of(path, files[path]) for path in wanted if path in files])
+
     def tree(self, hub: Hub, name: str, revision: str, folder: str = "") -> None:
         repo = hub.repo(name, self.token)
         files = repo.commits[hub.resolve(repo, revision)]
         if folder:
             raise HubError(404, f"{folder} does not exist", "EntryNotFound")
-        entries = []
-        for path, file in files.items():
-            entry = {"type": "file", "path": path, "size": len(file.content), "oid": file.oid}
-            if file.lfs:
-                entry["lfs"] = {"oid": file.oid, "size": len(file.content), "pointerSize": 130}
-            entries.append(entry)
+        entries = [entry_of(path, file) for path, file in files.items()]
         self.reply(entries)
 
     def download(self, hub: Hub, name: str, revision: str, path: str) -> None:
@@ -276,8 +285,8 @@ class Handler(BaseHTTPRequestHandler):
         self.reply(answer)
 
 
-NAME = "((?:spaces/)?[^/]+/[^/]+)"  # those of Spaces begin with "spaces/"
-API = f"/api/(?:models/|(?=spaces/)){NAME}"
+NAME = "((?:spaces/|datasets/)?[^/]+/[^/]+)"  # those of Spaces begin with "spaces/"
+API = f"/api/(?:models/|(?=spaces/|datasets/)){NAME}"
 ROUTES: list[tuple[str, str, Callable]] = [
     ("GET", "/api/whoami-v2", Handler.whoami),
     ("POST", "/api/validate-yaml", Handler.validate_yaml),
@@ -289,6 +298,7 @@ ROUTES: list[tuple[str, str, Callable]] = [
     ("PUT", "/lfs/(.+)", Handler.lfs_upload),
     ("GET", API, Handler.info),
     ("GET", f"{API}/revision/(.+)", Handler.info),
+    ("POST", f"{API}/paths-info/(.+)", Handler.paths_info),
     ("GET", f"{API}/tree/([^/]+)", Handler.tree),
     ("GET", f"{API}/tree/([^/]+)/(.+)", Handler.tree),
     ("GET", f"/{NAME}/resolve/([^/]+)/(.+)", Handler.download),

@@ -10,6 +10,8 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
+from hub import Hub
+from huggingface_hub import constants
 from labelled_images import MASK_SIDE, blocks
 from PIL import Image
 
@@ -223,6 +225,32 @@ def test_settings_that_contradict_each_other_are_refused(arguments, problem, cap
     with pytest.raises(SystemExit) as raised:
         finetune.main(arguments.split())
     assert raised.value.code == 2 and problem in capsys.readouterr().err
+
+
+@pytest.fixture
+def datasets_hub(hub: Hub, monkeypatch, tmp_path) -> Hub:
+    """The Hub, and `datasets` that uses it, with an empty cache."""
+    endpoint = constants.ENDPOINT
+    for name, value in {
+        "HF_ENDPOINT": endpoint,
+        "HUB_DATASETS_URL": endpoint + "/datasets/{repo_id}/resolve/{revision}/{path}",
+        "HF_HUB_OFFLINE": False,
+        "HF_DATASETS_CACHE": tmp_path / "cache",
+    }.items():
+        monkeypatch.setattr(datasets.config, name, value)
+    return hub
+
+
+def test_a_data_set_on_the_hub(datasets_hub, tmp_path):
+    data = table([encoded(blocks().astype(np.uint16))] * 3, datasets.Image())
+    saved(data, tmp_path / "repo", "train-00000-of-00001.parquet")
+    saved(data, tmp_path / "repo", "validation-00000-of-00001.parquet")
+    datasets_hub.add("datasets/user/cells", tmp_path / "repo")
+    parts, about = read_data(finetune.parse_args(["--dataset", "user/cells"]).data, MASK_SIDE, 0)
+    assert [len(part) for part in (parts.train, parts.validation)] == [3, 3] and about == "6 images from user/cells"
+    np.testing.assert_array_equal(parts.train[0].read()[1], blocks())
+    with pytest.raises(DataError, match=r"--dataset user/dust: cannot be loaded: Dataset 'user/dust' doesn't exist"):
+        read("--dataset", "user/dust")
 
 
 def test_the_package_is_an_extra(monkeypatch):
