@@ -60,6 +60,11 @@ def write_results(
     write_card(weights, "adapter" if is_adapter else "split model", settings.training.hub_model_id)
     before, after = metrics["before"]["iou"], metrics["after"]["iou"]
     print(f"Mean IoU on the validation objects: {before:.3f} before, {after:.3f} after.")
+    changes = [
+        f"{kind} {metrics['before'][f'iou_{kind}']:.3f} to {metrics['after'][f'iou_{kind}']:.3f}"
+        for kind in prompting.validated
+    ]
+    print(f"  {', '.join(changes)}")
     if not metrics["better_than_base"]:
         print(f"Warning: {worse_than_base(metrics)}")
     print(f"{weights.name.capitalize()}: {weights}")

@@ -41,6 +41,7 @@ def losses(output: Path) -> list[float]:
     return [entry[name] for entry in history for name in ("loss", "eval_loss", "eval_iou_clicks") if name in entry]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:mtime may not be reliable:UserWarning")
 def test_losses_are_the_same(arguments, tmp_path):
     cache = ["--cache-embeddings", str(tmp_path / "embeddings")]

@@ -245,11 +245,13 @@ def test_one_run_at_a_time_writes_to_a_folder(photos, tmp_path):
 
 def test_weights_worse_than_the_base_are_not_passed_off_as_better(photos, tmp_path, capsys):
     arguments = [*photos, *SMALL_RUN, "--learning-rate", "5", "--warmup-steps", "0", "--eval-every", "1"]
-    metrics = run(tmp_path / "run", *arguments, "--steps", "2", "--select", "automatic")
+    metrics = run(tmp_path / "run", *arguments, "--steps", "2", "--select", "automatic", "--grid", "4")
     before, after = metrics["before"]["automatic"], metrics["after"]["automatic"]
     assert after < before and not metrics["better_than_base"]
     problem = f"no checkpoint is better than the base by automatic: {before:.3f} before, {after:.3f} after"
-    assert f"Warning: {problem}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"Warning: {problem}" in said
+    assert f"clicks {metrics['before']['iou_clicks']:.3f} to {metrics['after']['iou_clicks']:.3f}" in said
     assert problem in (tmp_path / "run" / "adapter" / "README.md").read_text()
 
 
@@ -375,6 +377,6 @@ def test_bad_base_is_refused(tmp_path):
 @pytest.mark.slow
 def test_coins_are_learnt(tmp_path):
     """The bare command, cut short."""
-    metrics = run(tmp_path / "coins", "--steps", "12", "--eval-every", "6", "--seed", "0")
+    metrics = run(tmp_path / "coins", "--steps", "12", "--eval-every", "6", "--grid", "16")
     assert metrics["after"]["iou"] > metrics["before"]["iou"] + 0.05
     assert metrics["better_than_base"]
