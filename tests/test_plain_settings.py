@@ -156,11 +156,9 @@ def run_convert(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 def test_convert_passes_nothing_on(foreign_base: Path, run_convert, tmp_path: Path) -> None:
-    run_convert("to-split", foreign_base, tmp_path / "split")
-    assert_nothing_foreign(tmp_path / "split")
-    shutil.copy(foreign_base / "processor_config.json", tmp_path / "split")
-    run_convert("to-sam", tmp_path / "split", tmp_path / "stock")
-    assert_nothing_foreign(tmp_path / "stock")
+    for command in ("to-split", "to-sam"):
+        run_convert(command, foreign_base, tmp_path / command)
+        assert_nothing_foreign(tmp_path / command)
 
 
 def test_fine_tuning_and_segmenting_run_nothing(foreign_base: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import FIGURES, MODEL_REPO_FILES, Malicious, configure, rewrite, stock_model
 from hub import Fault, File, Hub
+from huggingface_hub import ModelCard
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import BertConfig, BertModel, SamVisionModel
@@ -165,6 +166,34 @@ def test_push_again(hub: Hub, push, verified: list, split_dir: Path) -> None:
     assert "model.safetensors" not in files, "it would be loaded in place of the shards"
     assert "notes.txt" in files
     assert "model.safetensors.index.json" in files
+
+
+def test_an_unknown_licence_is_not_pushed(
+    hub: Hub, run_upload, base_dir: Path, verified: list, tmp_path: Path
+) -> None:
+    arguments = ("--base", base_dir, "--repo-id", "user/sam")
+    assert "its licence is unknown, because its card names none: give the one" in run_upload(*arguments, fails=True)
+    assert not verified and not hub.repos
+    output = run_upload("--base", base_dir, "--output", tmp_path / "sam")
+    assert "Note: it is not ready for a push: its licence is unknown" in output
+
+
+def test_licences_are_those_of_the_base(hub: Hub, run_upload, base_dir: Path, verified: list, tmp_path: Path) -> None:
+    """With the file and the link; and what a folder was made from may be said."""
+    folder = shutil.copytree(base_dir, tmp_path / "base")
+    (folder / "LICENSE").write_text("mine")
+    (folder / "README.md").write_text("---\nlicense: other\nlicense_link: LICENSE\nbase_model: /home/me/sam\n---\n")
+    arguments = ("--base", folder, "--repo-id", "user/sam", "--base-model", "facebook/sam-vit-base")
+    assert "its licence is 'other': give --license-name" in run_upload(*arguments, fails=True)
+    assert "--license mit: the base's card says other" in run_upload(*arguments, "--license", "mit", fails=True)
+    run_upload(*arguments, "--license-name", "mine")
+    files = hub.repos["user/sam"].files()
+    assert files["LICENSE"] == b"mine"
+    assert files["LICENSE-code"] == (ROOT / "LICENSE").read_bytes()
+    data = ModelCard(files["README.md"].decode()).data
+    assert (data.license, data.license_name, data.license_link) == ("other", "mine", "LICENSE")
+    assert data.base_model == ["facebook/sam-vit-base"]
+    assert b"/home/me" not in files["README.md"]
 
 
 def test_dry_run(hub: Hub, push, verified: list, monkeypatch: pytest.MonkeyPatch) -> None:
