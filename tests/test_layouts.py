@@ -211,7 +211,7 @@ def test_groups_that_cannot_be_kept_together_are_refused(tmp_path):
         ("--images i --masks m --color-masks --mask-pattern {stem}/*.png", "files of one object each"),
         ("--images i --masks m --mask-pattern a.png", "The pattern a.png: expected {stem} in it, once"),
         ("--images i --masks m --group-pattern *", "The pattern *: expected {group} in it, once"),
-        ("--images i --masks m --categories cat", "--categories: expected --coco, too"),
+        ("--images i --masks m --categories cat", "--categories: expected --coco or --dataset, too"),
         (
             "--images i --masks m --validation-images v",
             "expected --validation-images together with --validation-masks",
