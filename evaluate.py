@@ -17,7 +17,8 @@ from finetuning.settings import DataSettings
 
 
 FILES = ("images", "masks", "coco", "image_pattern", "mask_pattern", "color_masks", "categories", "validation")
-DATA = (*FILES, "background", "void", "instances", "threshold", "turn_masks")
+DATASET = ("dataset", "dataset_config", "image_column", "mask_column", "split")
+DATA = (*FILES, *DATASET, "background", "void", "instances", "threshold", "turn_masks")
 READING = ("channels", "pages", "intensity")  # of images, in the data's and in the model's settings
 SETTINGS = ("image_size", "tile", "overlap", "multimask", "grid", "min_iou", "min_stability", "max_overlap")
 
@@ -62,6 +63,11 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--mask-pattern", help="how masks are named, as in {stem}_mask.png")
     group.add_argument("--color-masks", action="store_true", default=None, help="each colour but black is an object")
     group.add_argument("--categories", nargs="+", help="names of the COCO categories to use (all)")
+    group.add_argument("--dataset", help="Hub id, folder or Parquet file of the datasets library, instead of files")
+    group.add_argument("--dataset-config", help="configuration of the data set, if it has several")
+    group.add_argument("--image-column", help="column with the images (image)")
+    group.add_argument("--mask-column", help="column with label images, lists of masks, or objects as in COCO")
+    group.add_argument("--split", help="split to evaluate on (train, or the only one)")
     group.add_argument("--held-out", action="store_true", help="only what finetune.py holds out for validation")
     group.add_argument("--validation", type=float, help="the share that it holds out, if not the default")
     group.add_argument("--channels", type=int, nargs="+", help="bands that are red, green and blue, from 1")

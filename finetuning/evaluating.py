@@ -12,7 +12,7 @@ from transformers import SamProcessor
 from checkpoint_tools.outputs import require_replaceable, staged
 from checkpoint_tools.staging import SAM_TINY
 
-from .decoding import DataError
+from .decoding import DataError, number_of
 from .evaluation import (
     AUTOMATIC,
     MODES,
@@ -25,7 +25,7 @@ from .evaluation import (
     without_adapter,
 )
 from .evaluation_files import class_table, push_to_card, table, write_results
-from .layouts import read_sources
+from .layouts import name_of, read_sources
 from .model import load_adapted, load_base
 from .predictor import Predictor
 from .recipe import read_data
@@ -91,7 +91,7 @@ def evaluate(request: EvaluationRequest) -> dict[str, dict[str, Any]]:
         FileExistsError: If the output folder is in use.
     """
     huggingface_hub.logging.set_verbosity_error()  # otherwise it logs every retry when offline
-    sources = [request.data.images, request.data.masks, request.data.coco, request.base, request.trained]
+    sources = [*request.data.paths, request.base, request.trained]
     require_replaceable(request.output, OUTPUT, request.force, sources)
     images, about_data = read_images(request)
     number = sum(len(image.objects) for image in images)
@@ -116,7 +116,7 @@ def read_images(request: EvaluationRequest) -> tuple[list[EvaluationImage], str]
         DataError: With every problem of every image, or if there are no objects.
     """
     data = request.data
-    if request.held_out or not data.images:
+    if request.held_out or not (data.images or data.dataset):
         parts, about_data = read_data(replace(data, tile=None, min_area=0), mask_side=1024, seed=0)
         return [evaluation_image(sample) for sample in parts.validation], f"{about_data}, the part held out"
     samples, problems = [], []
@@ -131,9 +131,8 @@ def read_images(request: EvaluationRequest) -> tuple[list[EvaluationImage], str]
         samples.append(Sample(source, (slice(0, height), slice(0, width)), ids, whole.categories))
     images = [] if problems else [evaluation_image(sample) for sample in samples]
     if problems or not any(image.objects for image in images):
-        raise DataError(problems or [f"{data.images}: the images show no labelled object."])
-    number = "1 image" if len(images) == 1 else f"{len(images)} images"
-    return images, f"{number} from {data.images.name}"
+        raise DataError(problems or [f"{name_of(data)}: the images show no labelled object."])
+    return images, f"{number_of(len(images), 'image')} from {name_of(data)}"
 
 
 def score(

@@ -4,6 +4,7 @@ import csv
 import json
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -135,6 +136,12 @@ def test_masks_and_annotations_give_the_same(scenes, tmp_path):
     metrics, _ = run(*options, "--masks", scenes / "masks", "--output", tmp_path / "a")
     others, _ = run(*options, "--coco", scenes / "coco.json", "--output", tmp_path / "b")
     assert metrics["before"]["boxes"] == others["before"]["boxes"]
+    columns = {"image": "images", "mask": "masks"}
+    files = {column: sorted(map(str, (scenes / folder).iterdir())) for column, folder in columns.items()}
+    rows = datasets.Dataset.from_dict(files, datasets.Features(dict.fromkeys(columns, datasets.Image())))
+    rows.to_parquet(tmp_path / "scenes.parquet")
+    same, _ = run(*options[2:], "--dataset", tmp_path / "scenes.parquet", "--output", tmp_path / "c")
+    assert same["before"]["boxes"] == metrics["before"]["boxes"]
     assert "after" not in metrics
     assert metrics["before"]["classes"] == {} != others["before"]["classes"]
     assert not (tmp_path / "a" / "clicks.png").exists()
