@@ -161,6 +161,9 @@ def test_images_are_cached_by_their_bytes():
     assert small[0].reads == 2, "the one that was used longest ago makes room"
     cache.read(large), cache.read(large)
     assert large.reads == 1 and list(cache.images) == [large]
+    for source in small[1:4] * 2:
+        cache.read(source)
+    assert [source.reads for source in small[1:4]] == [2, 2, 2], "there is room again"
 
 
 @pytest.mark.slow
