@@ -14,7 +14,7 @@ from safetensors import safe_open
 from transformers import AutoModel, AutoProcessor, PreTrainedModel, SamConfig, SamModel
 
 from .comparison import compare, processed_outputs
-from .plain_settings import read_processor
+from .plain_settings import read_json, read_processor
 from .sources import fetch
 
 
@@ -54,7 +54,7 @@ def stock_model(base: Path) -> PreTrainedModel:
         ValueError: If weights are missing, which `SamModel` would initialise.
     """
     weights = Weights(base)
-    settings = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    settings = read_json(base / "config.json")
     if settings["model_type"] == "sam" and not any(".attn.q." in name for name in weights):
         model, report = SamModel.from_pretrained(base, dtype=torch.float32, output_loading_info=True)
         require_complete(base, report["missing_keys"])
@@ -165,11 +165,11 @@ def check_settings(folder: Path) -> None:
         ValueError: If they do.
     """
     for path in sorted(folder.glob("*.json")):
-        for name, value in named_values(json.loads(path.read_text(encoding="utf-8"))):
+        for name, value in named_values(read_json(path)):
             in_configuration = path.name == "config.json" and name == "auto_map"
             if name == "custom_pipelines" or (name == "auto_map" and not in_configuration):
                 raise ValueError(f"{path.name} has {name}, which makes users run other code: {value!r:.200}.")
-            if in_configuration and any("--" in str(reference) for reference in value.values()):
+            if in_configuration and "--" in str(value):
                 raise ValueError(f"auto_map in config.json names code of another repo: {value!r:.200}.")
 
 
@@ -199,9 +199,10 @@ def check_code(folder: Path) -> None:
             for name in names:
                 if name.split(".")[0] not in allowed and not (folder / name).is_file():
                     raise ValueError(f"{path.name} imports {name}, which users may not have installed.")
-    auto_map = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("auto_map", {})
+    auto_map = read_json(folder / "config.json").get("auto_map", {})
     for auto_class in ("AutoConfig", "AutoModel", "AutoModelForMaskGeneration"):
-        module, _, name = auto_map.get(auto_class, "").partition(".")
+        reference = auto_map.get(auto_class) if isinstance(auto_map, dict) else None
+        module, _, name = str(reference).partition(".")
         if name not in classes.get(module, ()):
             raise ValueError(f"auto_map in config.json has no class of this repo for {auto_class}.")
 

@@ -14,12 +14,13 @@ from checkpoint_tools.adapters import with_adapter
 from checkpoint_tools.loading import let_gradients_through_4bit
 from checkpoint_tools.plain_settings import read_processor
 from checkpoint_tools.sources import require_name
-from checkpoint_tools.staging import split_class
+from checkpoint_tools.staging import one_line, split_class
 
 from .segmentation_settings import SegmentationSettings
 from .settings import ModelSettings
 
 
+MALFORMED = (ValueError, TypeError, KeyError, AttributeError)  # what PEFT raises for settings of a wrong shape
 ONLY_IN_LAYERS = {"q", "k", "v"}  # proj, lin1 and lin2 also exist in the decoder
 
 
@@ -182,15 +183,15 @@ def load_adapted(
     """
     try:
         config = PeftConfig.from_pretrained(adapter, revision=adapter_revision)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{adapter}: not an adapter: {str(error).splitlines()[0]}") from error
+    except (OSError, *MALFORMED) as error:
+        raise ModelError(f"{adapter}: not an adapter: {one_line(error):.300}") from error
     if base is None:
         base, revision = config.base_model_name_or_path, revision or config.revision
-    if not base:
+    if not base or not isinstance(base, str):
         raise ModelError(f"{adapter} does not name the model that it was trained on: give it with --base.")
     image_size = image_size or SegmentationSettings.load(adapter, adapter_revision).image_size
     model, processor = load_base(base, revision, image_size=image_size)
     try:
         return with_adapter(model, adapter, adapter_revision), processor
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"{adapter}: does not fit {base}, or is damaged: {str(error).splitlines()[0]}") from error
+    except (OSError, RuntimeError, SafetensorError, *MALFORMED) as error:
+        raise ModelError(f"{adapter}: does not fit {base}, or is damaged: {one_line(error):.300}") from error

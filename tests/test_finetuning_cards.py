@@ -197,11 +197,26 @@ def test_changes_on_the_way_are_found(hub, tmp_path: Path) -> None:
         push(tmp_path / "adapter", settings)
 
 
-def test_adapters_that_name_no_base(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"base_model_name_or_path": None}, "does not name the model that it was trained on: give it with --base"),
+        ({"base_model_name_or_path": 3}, "does not name the model"),
+        ({"base_model_name_or_path": "/home/somebody/sam"}, "/home/somebody/sam: there is no such folder"),
+        ({"r": "x"}, "does not fit .* or is damaged"),
+        ({"peft_type": "NOPE"}, "not an adapter"),
+        ([], "not an adapter"),
+        (3, "not an adapter"),
+    ],
+    ids=str,
+)
+def test_adapters_with_settings_of_a_wrong_shape(settings: Any, problem: str, tmp_path: Path) -> None:
     adapter = tmp_path / "adapter"
     untrained_adapter(adapter, str(SAM_TINY))
     file = adapter / "adapter_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": None}))
+    if isinstance(settings, dict):
+        settings = {**json.loads(file.read_text()), **settings}
+    file.write_text(json.dumps(settings))
     photo = str(ROOT / "docs" / "images" / "coins.png")
-    with pytest.raises(SystemExit, match="does not name the model that it was trained on: give it with --base"):
+    with pytest.raises(SystemExit, match=problem):
         segment.main([photo, "--point", "9", "9", "--adapter", str(adapter), "--output", str(tmp_path / "out")])

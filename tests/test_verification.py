@@ -138,6 +138,8 @@ def exchange_q_and_k(weights: dict) -> None:
             lambda folder: configure(folder, "auto_map", {**AUTO_MAP, "AutoTokenizer": "else/where--code.Tokenizer"}),
             "config.json names code of another repo",
         ),
+        (lambda folder: configure(folder, "auto_map", ["modeling_sam_split.SamSplitModel"]), "no class of this repo"),
+        (lambda folder: (folder / "config.json").write_text("[]"), r"config\.json holds \[\], expected an object"),
         (lambda folder: configure(folder, "custom_pipelines", {"any": {}}), "custom_pipelines, which makes users run"),
         (
             append_setting("processor_config.json", "auto_map", {"AutoProcessor": "code.Processor"}),
