@@ -1,7 +1,9 @@
 """Stages the page of `app.py` as a Space of the Hub, starts it from the staged folder, and pushes it."""
 
+import json
 import re
 import shutil
+import sys
 import tempfile
 from dataclasses import dataclass
 from importlib.metadata import packages_distributions, version
@@ -183,8 +185,8 @@ def stage_space(folder: Path, repo_id: str, model: PinnedModel, card: BaseCard, 
         shutil.copyfile(ROOT / path, folder / path)
     (folder / "requirements.txt").write_text(requirements(imported), encoding="utf-8")
     (folder / "README.md").write_text(readme(repo_id, model, card, licence), encoding="utf-8")
-    source = ", ".join(
-        f"{name}={value!r}"
+    source = "".join(
+        f"        {name}={json.dumps(value)},\n"
         for name, value in (
             ("base", model.base),
             ("revision", model.base_commit),
@@ -196,7 +198,7 @@ def stage_space(folder: Path, repo_id: str, model: PinnedModel, card: BaseCard, 
     (folder / "app.py").write_text(
         '"""Segment Anything, to click on. Written by `upload.py --space` of sam-split."""\n\n'
         "from webapp.model import ModelSource\nfrom webapp.serving import serve_space\n\n\n"
-        f"serve_space(ModelSource({source}))\n",
+        f"serve_space(\n    ModelSource(\n{source}    )\n)\n",
         encoding="utf-8",
     )
 
@@ -233,6 +235,7 @@ def readme(repo_id: str, model: PinnedModel, card: BaseCard, licence: Licence) -
         "colorTo": "green",
         "sdk": "gradio",
         "sdk_version": version("gradio"),
+        "python_version": f"{sys.version_info.major}.{sys.version_info.minor}",  # for which the requirements exist
         "app_file": "app.py",
         "models": [each for each in (model.adapter, model.base) if each],
         "license": licence.id or UNKNOWN,
@@ -240,9 +243,9 @@ def readme(repo_id: str, model: PinnedModel, card: BaseCard, licence: Licence) -
         "license_link": licence.link if (licence.link or "").startswith("https://") else None,
         "pinned": False,
     }
-    link = f"[{name}](https://huggingface.co/{name}/tree/{commit}) at commit `{commit[:12]}`"
+    link = f"[{name}](https://huggingface.co/{name}/tree/{commit})"
     if model.adapter:
-        link += f", on [{model.base}](https://huggingface.co/{model.base}/tree/{model.base_commit})"
+        link += f" on [{model.base}](https://huggingface.co/{model.base}/tree/{model.base_commit})"
     text = Template(TEMPLATE.read_text(encoding="utf-8"), keep_trailing_newline=True).render(
         metadata=CardData(**{key: value for key, value in metadata.items() if value is not None}).to_yaml(),
         title=title,
@@ -275,17 +278,11 @@ def results_of(card: BaseCard) -> str:
 
 
 def loading_code(model: PinnedModel) -> str:
-    """Returns Python code that loads the model as the page does, in a checkout of sam-split."""
-    base = f'"{model.base}", revision="{model.base_commit}"'
-    lines = [
-        "from transformers import AutoProcessor",
-        "from transformers.dynamic_module_utils import get_class_from_dynamic_module",
-        "",
-        'SamSplitModel = get_class_from_dynamic_module("modeling_sam_split.SamSplitModel", ".")  # of this Space',
-        f"model = SamSplitModel.from_pretrained({base})",
-        f"processor = AutoProcessor.from_pretrained({base})",
-    ]
+    """Returns Python code that loads the model as the page does, in a copy of the Space or a checkout of sam-split."""
+    function = "load_adapted" if model.adapter else "load_base"
+    arguments = [model.adapter, model.base, model.base_commit] if model.adapter else [model.base, model.base_commit]
+    values = [f'"{argument}"' for argument in arguments]
     if model.adapter:
-        lines[:0] = ["from peft import PeftModel"]
-        lines.append(f'model = PeftModel.from_pretrained(model, "{model.adapter}", revision="{model.adapter_commit}")')
-    return "\n".join(lines)
+        values.append(f'adapter_revision="{model.adapter_commit}"')
+    lines = "".join(f"    {value},\n" for value in values)
+    return f"from finetuning.model import {function}\n\nmodel, processor = {function}(\n{lines})"

@@ -67,7 +67,7 @@ def browser(url: str, dark: bool = False, height: int = 900) -> Iterator[Page]:
         page.on("request", lambda request: elsewhere.append(request.url))
         page.goto(url)
         page.locator("#picture img").wait_for()
-        page.get_by_text("Click on an object").wait_for()
+        page.get_by_text("Click on an object", exact=True).wait_for()
         yield page
         chromium.close()
     assert not [request for request in elsewhere if not request.startswith((url, "data:", "blob:"))]

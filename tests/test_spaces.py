@@ -1,6 +1,8 @@
 """Spaces: what is staged, that it starts from there, and what the Hub gets."""
 
+import inspect
 import json
+import re
 import runpy
 import shutil
 import sys
@@ -16,6 +18,8 @@ from peft import LoraConfig, get_peft_model
 from checkpoint_tools import spaces
 from checkpoint_tools.outputs import MARKER
 from checkpoint_tools.staging import ROOT, SAM_TINY, split_class
+from finetuning import model
+from finetuning.model import load_adapted
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # huggingface_hub's own
@@ -92,14 +96,29 @@ def test_the_models_are_pinned_and_described(models, monkeypatch, answers, tmp_p
     upload(monkeypatch, "--space", "user/click", "--adapter", "user/coins", "--output", str(tmp_path / "space"))
     assert len(answers) == 1
     app = (tmp_path / "space" / "app.py").read_text()
-    assert f"base='user/tiny', revision='{base}', adapter='user/coins', adapter_revision='{adapter}'" in app
+    for name, value in {
+        "base": "user/tiny",
+        "revision": base,
+        "adapter": "user/coins",
+        "adapter_revision": adapter,
+    }.items():
+        assert f'        {name}="{value}",\n' in app
     card = RepoCard.load(tmp_path / "space" / "README.md", repo_type="space")
     data = card.data.to_dict()
     assert (data["sdk"], data["sdk_version"], data["app_file"]) == ("gradio", version("gradio"), "app.py")
+    assert data["python_version"] == f"{sys.version_info.major}.{sys.version_info.minor}"
     assert (data["models"], data["license"]) == (["user/coins", "user/tiny"], "mit")
     assert "On ten coins that it has not seen:\n\n| | before | after |" in card.text
     assert "| a | b |" not in card.text
-    assert f'"user/coins", revision="{adapter}"' in card.text
+    (code,) = re.findall("```python\n(.*?)```", card.text, re.DOTALL)
+    signature, calls = inspect.signature(load_adapted), []
+    monkeypatch.setattr(model, "load_adapted", lambda *args, **kwargs: calls.append((args, kwargs)) or (1, 2))
+    exec(code, {})
+    (call,) = calls
+    assert signature.bind(*call[0], **call[1]).arguments == {
+        **{"adapter": "user/coins", "base": "user/tiny"},
+        **{"revision": base, "adapter_revision": adapter},
+    }
     pins = (tmp_path / "space" / "requirements.txt").read_text().splitlines()
     assert {f"transformers=={version('transformers')}", f"peft=={version('peft')}"} <= {*pins}
     assert not [pin for pin in pins if "+" in pin or pin.startswith("gradio")]
@@ -112,7 +131,7 @@ def test_an_unknown_licence_stays_unknown(models, monkeypatch, answers, tmp_path
     upload(monkeypatch, "--space", "user/click", "--base", "user/silent")
     text = models.repos["spaces/user/click"].files()["README.md"].decode()
     assert "\nlicense: unknown\n" in text
-    assert "Licence of\nthe weights: unknown." in text
+    assert "Licence of the weights: unknown." in text
     assert "The model's card states no results." in text
 
 

@@ -32,7 +32,7 @@ MAX_FILE_SIZE = "50mb"
 SECONDS_TO_KEEP = 3600  # after the last action of a user
 MODES = [("Point inside", "inside"), ("Point outside", "outside"), ("Box: two clicks", "box")]
 COLUMNS = ["object", "pixels", "left, top: size", "rating", "stability"]
-COLUMN_WIDTHS: list[str | int] = ["16%", "17%", "32%", "15%", "20%"]
+COLUMN_WIDTHS: list[str | int] = ["14%", "14%", "39%", "14%", "19%"]
 CSS = """
 .gradio-container { max-width: 1400px !important; margin: auto; }
 #picture img { cursor: crosshair; }

@@ -54,8 +54,8 @@ def serve_space(source: ModelSource) -> None:
     """
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     *_, about = text.split("\n---\n", 1)  # without the metadata
-    title, _, details = about.strip().partition("\n")
-    Page(load_shared(source), images_in(None), title, details).blocks.launch(**LAUNCH_OPTIONS)
+    about, _, details = about.partition("\n## ")
+    Page(load_shared(source), images_in(None), about, f"## {details}").blocks.launch(**LAUNCH_OPTIONS)
 
 
 def images_in(folder: Path | None) -> Mapping[str, Path]:
