@@ -11,14 +11,9 @@ from pathlib import Path
 from transformers.utils import logging
 
 from checkpoint_tools.adapter_conversions import adapter_to_fused, adapter_to_split, from_micro_sam, from_samed
-from checkpoint_tools.conversions import (
-    from_meta,
-    to_meta,
-    to_onnx,
-    to_sam,
-    to_split,
-)
+from checkpoint_tools.conversions import from_meta, to_meta, to_sam, to_split
 from checkpoint_tools.errors import one_line_errors
+from checkpoint_tools.onnx_export import INTERFACES, to_onnx
 
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -53,7 +48,11 @@ def parse_args() -> argparse.Namespace:
         "--rescale", choices=["min-max"], help="if each training image was stretched to 0 to 1, as for MedSAM"
     )
     add(to_meta, "split or stock model to Meta's layout", source=model, file=file)
-    add(to_onnx, "split or stock model to ONNX: an encoder and decoders", source=model, destination=folder)
+    command = add(to_onnx, "split or stock model to ONNX: an encoder and a decoder", source=model, destination=folder)
+    command.add_argument("--interface", choices=INTERFACES, default="transformers", help="whose names the files have")
+    command.add_argument("--adapter", help="folder or Hub id of a PEFT adapter, to be merged")
+    command.add_argument("--dtype", choices=DTYPES[:2], default="float32", help="of the weights, not of the inputs")
+    command.add_argument("--all-masks", action="store_true", help="of sam: return four masks, not the one to prefer")
     for function, summary in (
         (adapter_to_fused, "LoRA of q, k, v to LoRA of stock SAM's qkv"),
         (adapter_to_split, "LoRA of stock SAM's qkv to LoRA of q, k, v"),

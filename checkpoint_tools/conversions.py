@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, SamConfig, SamModel
 
-from . import meta_layout, meta_model, onnx_export, trainer_checkpoints
+from . import meta_layout, meta_model, trainer_checkpoints
 from .adapters import with_adapter
 from .comparison import Outputs, OutputsDifferError, compare, example_outputs, largest_relative_error
 from .loading import as_split, load, model_type, processor_for
@@ -207,16 +207,6 @@ def to_meta(source: str, file: Path, force: bool = False) -> float:
         else:
             actual = example_outputs(back.float())
         return accepted(actual, example_outputs(stock))
-
-
-def to_onnx(source: str, destination: Path, force: bool = False) -> float:
-    """Writes a split or stock model as ONNX files, in float32; returns the relative error, in onnxruntime."""
-    with staged(destination, "ONNX model", force, sources=(source,)) as folder:
-        model, _ = load(source)
-        onnx_export.export(model, folder)
-        copy_processor(source, folder)
-        inputs = onnx_export.example_inputs(model, images=1, objects=2, points=1)  # other sizes than in export()
-        return accepted(onnx_export.onnx_outputs(folder, inputs), onnx_export.model_outputs(model, inputs))
 
 
 def load_checked(

@@ -1,5 +1,7 @@
 """Tiny seeded models, the stock model as oracle, and guards against network access and unnoticed log messages."""
 
+import importlib
+import importlib.util
 import json
 import logging
 import os
@@ -12,6 +14,7 @@ import textwrap
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 
 
 # Before importing transformers: use temporary caches, stay offline.
@@ -227,6 +230,23 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
             labels[labels == 300] = 0
         save_pair(folder, f"photo{number}", labels)
     return ["--images", str(folder / "images"), "--masks", str(folder / "masks"), "--validation", "0.5"]
+
+
+@pytest.fixture(scope="session")
+def segment_anything() -> Iterator[ModuleType]:
+    """Meta's code; the package itself would import torchvision for its predictor."""
+    spec = importlib.util.find_spec("segment_anything")
+    if spec is None:
+        pytest.skip("segment-anything-py is not installed")
+    package = ModuleType("segment_anything")
+    package.__path__, package.__spec__ = list(spec.submodule_search_locations), spec
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "segment_anything", package)
+        for module in ("modeling", "build_sam", "utils.onnx"):
+            importlib.import_module(f"segment_anything.{module}")
+        yield package
+    for name in [name for name in sys.modules if name.startswith("segment_anything.")]:
+        del sys.modules[name]
 
 
 @pytest.fixture

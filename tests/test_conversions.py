@@ -1,12 +1,9 @@
 """Whole checkpoints in other layouts: Meta's own code is the oracle of Meta's, stock SAM of the rest."""
 
 import functools
-import importlib
-import importlib.util
 import re
 import subprocess
 import sys
-import types
 
 import pytest
 import torch
@@ -19,23 +16,6 @@ from checkpoint_tools.staging import ROOT, SAM_TINY, split_class
 
 
 META = {"hidden_size": 32, "mlp_dim": 48, "num_layers": 2, "heads": 8}  # of the decoder; 8 heads as all of Meta's
-
-
-@pytest.fixture(scope="module")
-def segment_anything() -> types.ModuleType:
-    """Meta's model classes; the package itself would import torchvision for its predictor."""
-    spec = importlib.util.find_spec("segment_anything")
-    if spec is None:
-        pytest.skip("segment-anything-py is not installed")
-    package = types.ModuleType("segment_anything")
-    package.__path__, package.__spec__ = list(spec.submodule_search_locations), spec
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "segment_anything", package)
-        for module in ("modeling", "build_sam"):
-            importlib.import_module(f"segment_anything.{module}")
-        yield package
-    for name in [name for name in sys.modules if name.startswith("segment_anything.")]:
-        del sys.modules[name]
 
 
 def meta_model(segment_anything, hidden_size=24, depth=4, heads=2, grid=9, window=4, global_layers=(1, 3)):
