@@ -20,6 +20,9 @@ from .overlaps import layers_of
 from .sources import LabelledImage, Source, SourceList
 
 
+MAX_SIDE = 1_000_000  # pixels; more is no size of an image
+
+
 @dataclass(frozen=True)
 class Annotation:
     """An object: how an error names it, its COCO segmentation, and its category."""
@@ -260,8 +263,9 @@ def size_of(entry: dict[str, Any]) -> tuple[int, int] | None:
     if not any(given):
         return None
     height, width = (whole_number(edge) for edge in given)
-    if not height or not width or min(height, width) < 0:
-        raise ValueError(f"{entry['file_name']}: expected numbers of pixels as height and width, got {given}.")
+    if not height or not width or min(height, width) < 0 or max(height, width) > MAX_SIDE:
+        got = shortened(given)
+        raise ValueError(f"{entry['file_name']}: expected numbers of pixels as height and width, got {got}.")
     return height, width
 
 

@@ -3,6 +3,7 @@
 https://cocodataset.org/#format-data and https://github.com/cocodataset/cocoapi/blob/master/common/maskApi.c
 """
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,7 +41,10 @@ def decode(segmentation: Any, size: tuple[int, int]) -> np.ndarray:
     elif not isinstance(segmentation, list):
         raise ValueError(f"expected polygons or run lengths, got {shortened(segmentation)}")
     elif any(isinstance(part, Mapping) for part in segmentation):
-        mask = np.any([decode(part, size) for part in segmentation], axis=0)
+        mask = np.zeros(size, dtype=bool)
+        for part in segmentation:
+            with contextlib.suppress(EmptyMaskError):
+                mask |= decode(part, size)
     else:
         mask = decode_polygons(segmentation, size)
     if not mask.any():

@@ -71,6 +71,8 @@ class ColouredPair(FilePair):
         return read_pixels(self.mask, ImageReading(pages=self.reading.pages), self.page)
 
     def labels_of(self, mask: Pixels) -> np.ndarray:  # noqa: D102, as in FilePair
+        if mask.values.dtype.itemsize > 1:
+            raise ValueError(f"{self.mask}: expected colours of 8 bits for --color-masks; leave it out for numbers.")
         return labels_of_colours(rgb_of(mask, ImageReading(), self.mask), self.mask)
 
 

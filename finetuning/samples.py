@@ -177,6 +177,8 @@ def advice(parts: TrainValidationParts) -> str:
         )
     if not parts.train + parts.validation and set(parts.left_out) == {EMPTY}:
         return "All pixels are background: are these the masks?"
+    if any(what.startswith("annotations") for what in parts.left_out):
+        return "Correct the annotations that are left out."
     return "Add images, or change --validation, --tile or --min-area."
 
 

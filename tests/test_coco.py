@@ -21,6 +21,7 @@ from finetuning.sources import DataError, SourceList
 
 
 SQUARE = [[20, 10, 30, 10, 30, 20, 20, 20]]
+POLYGONS = [SQUARE[0], np.reshape(SQUARE, (4, 2)).tolist(), [list(map(str, SQUARE[0]))]]  # other spellings
 FRAME = [[2, 2, 46, 2, 46, 38, 2, 38]]
 
 
@@ -196,9 +197,23 @@ def test_segmentations_that_are_none_are_refused_with_the_name_of_the_annotation
         parts_of(found)
 
 
-@pytest.mark.parametrize("polygon", [SQUARE[0], np.reshape(SQUARE, (4, 2)).tolist(), [list(map(str, SQUARE[0]))]])
+def test_what_to_do_if_all_objects_are_elsewhere_is_said(tmp_path):
+    data = content(annotation([[500, 500, 600, 500, 600, 600]]), annotation(SQUARE, 2, 8))
+    data["images"].append({"id": 8, "file_name": "b.png"})
+    with pytest.raises(DataError, match="Correct the annotations that are left out") as raised:
+        parts_of(read(tmp_path, data))
+    assert "1 annotations are left out: they are outside of the image" in str(raised.value)
+
+
+@pytest.mark.parametrize("polygon", POLYGONS)
 def test_other_spellings_of_a_polygon(polygon):
     np.testing.assert_array_equal(decode(polygon, (40, 48)), decode(SQUARE, (40, 48)))
+
+
+def test_parts_of_one_object_may_be_polygons_and_run_lengths():
+    empty, pixels = ({"size": [40, 48], "counts": counts} for counts in ([1920], [5, 10, 1905]))
+    expected = decode(SQUARE, (40, 48)) | decode(pixels, (40, 48))
+    np.testing.assert_array_equal(decode([SQUARE[0], empty, pixels], (40, 48)), expected)
 
 
 def moved(change: Callable[[dict[str, Any]], Any], *annotations: dict[str, Any]) -> dict[str, Any]:
@@ -236,6 +251,7 @@ def add_image(**entry: Any) -> Callable[[dict[str, Any]], Any]:
             moved(lambda data: data["images"][0].update(height="tall")),
             "expected numbers of pixels as height and width",
         ),
+        (moved(lambda data: data["images"][0].update(height=10**400)), "expected numbers of pixels as height and"),
         (moved(lambda data: data["images"][0].update(height=-40)), "expected numbers of pixels as height and width"),
         (moved(add_image(id="7", file_name="b.png")), "b.png and a.png have one id, 7"),
         (

@@ -151,6 +151,13 @@ def test_each_colour_but_black_is_an_object(alpha, background, tmp_path):
     assert (read == 0).sum() == (labels == 0).sum() and read.dtype == np.uint8
 
 
+def test_numbers_of_16_bits_are_no_colours(tmp_path):
+    save_all(tmp_path, "i/a.png", "masks/a.png")
+    (source,) = paired_files(tmp_path / "i", tmp_path / "masks", color_masks=True).sources
+    with pytest.raises(ValueError, match=r"a\.png: expected colours of 8 bits for --color-masks"):
+        source.read()
+
+
 def test_a_photograph_is_no_colour_mask(tmp_path):
     save_all(tmp_path, "i/a.png")
     save(tmp_path / "m" / "a.png", np.random.default_rng(0).integers(0, 255, (99, 99, 3), dtype=np.uint8))
