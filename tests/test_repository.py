@@ -27,6 +27,7 @@ README = PAGES["README.md"]
 WITHOUT_BLOCKS = {page: re.sub(r"^ *```.*?^ *```", "", text, flags=re.M | re.S) for page, text in PAGES.items()}
 # What commands write, and what is elsewhere: the documentation names it, but no checkout has it.
 NOT_IN_A_CHECKOUT = {
+    "annotations.json",
     "data.json",
     "metrics.json",
     "run.yaml",
@@ -102,7 +103,8 @@ def commands() -> Iterator[tuple[str, list[str]]]:
         lines = blocks(page, "bash").replace("\\\n", " ").splitlines()
         inline = re.findall(r"`((?:python|make|accelerate|pytest) [^`]+)`", WITHOUT_BLOCKS[page])
         for line in [*lines, *inline]:
-            if words := shlex.split(line, comments=True):
+            words = shlex.split(line, comments=True)
+            if words and words[1:2] != ["-c"]:
                 yield page, words
 
 
