@@ -16,7 +16,6 @@ from checkpoint_tools.pushing import check_destination
 from checkpoint_tools.sources import fetch
 
 from .data_summary import PICTURE, DataSummary
-from .decoding import number_of
 from .layouts import read_parts
 from .model import four_bits, load_base, make_trainable
 from .prompts import ValidationSet
@@ -173,9 +172,6 @@ def read_data(settings: DataSettings, mask_side: int, seed: int) -> tuple[TrainV
     for part in found.given.values():
         parts.left_out += part.left_out
     parts.notes[:0] = [note for part in found.given.values() for note in part.notes]
-    if parts.test:
-        objects = sum(len(sample.ids) for sample in parts.test)
-        parts.notes.append(f"{number_of(objects, 'object')} to test on, after training")
     return parts, found.about or "A photograph of coins"
 
 

@@ -248,3 +248,18 @@ def test_help_names_every_layout(capsys):
     text = capsys.readouterr().out
     for option in ("image-pattern", "mask-pattern", "color-masks", "categories", "group-pattern", "test-coco"):
         assert f"--{option}" in text
+
+
+@pytest.mark.slow
+def test_test_images_are_measured_once_after_training(tmp_path, capsys):
+    """With the metrics that they would have as validation images."""
+    save(tmp_path, "i/a.png", "masks/a.png", "v/b.png", "v_masks/b.png", "t/c.png", "t_masks/c.png")
+    folders = {"--images": "i", "--masks": "masks", "--validation-images": "v", "--validation-masks": "v_masks"}
+    folders |= {"--test-images": "t", "--test-masks": "t_masks"}
+    arguments = [each for option, name in folders.items() for each in (option, str(tmp_path / name))]
+    arguments += ["--steps", "1", "--eval-every", "1", "--batch-size", "1", "--objects", "2", "--image-size", "128"]
+    finetune.main([*arguments, "--output", str(tmp_path / "run")])
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["objects"] == {"train": 6, "validation": 6, "test": 6}
+    assert metrics["test"] == metrics["after"], "the images show the same"
+    assert f"Mean IoU on the 6 test objects: {metrics['test']['iou']:.3f}." in capsys.readouterr().out
