@@ -124,7 +124,7 @@ def main(adapter: str) -> None:
             click(page, 207, 294)
             save_picture(page, folder / "app.jpg")
             page.get_by_role("tab", name="Before and after").click()
-            page.get_by_text("3 objects before").wait_for()
+            page.get_by_text("Objects: 3 before").wait_for()
             save_picture(page, folder / "app-before-after.jpg")
         with browser(url, dark=True, height=720) as page:
             page.get_by_role("tab", name="All objects").click()

@@ -60,7 +60,7 @@ def test_a_click_on_a_coin_gives_a_mask_that_covers_it(url, tmp_path):
         labels = np.asarray(Image.open(download(page, "labels.png", tmp_path)))
         press(page, "Undo")
         page.get_by_role("tab", name="Before and after").click()
-        page.get_by_text("1 objects before, 1 after.").wait_for()
+        page.get_by_text("Objects: 1 before, 1 after.").wait_for()
         page.get_by_role("button", name="Clear").click()
         page.get_by_text("Click on an object").wait_for()
         page.get_by_role("button", name="Next object").click()

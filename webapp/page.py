@@ -242,7 +242,7 @@ class Page:
         session = required(session)
         before = actions.without_adapter(session)
         pictures = draw_masks(session.image, before), draw_masks(session.image, session.segments)
-        return pictures, f"{len(before)} objects before, {len(session.objects)} after."
+        return pictures, f"Objects: {len(before)} before, {len(session.objects)} after."
 
     def select(self, session: Session | None, event: gr.SelectData) -> tuple[int, gr.Button]:
         """Says which object the button would remove."""
