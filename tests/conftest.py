@@ -249,6 +249,16 @@ def segment_anything() -> Iterator[ModuleType]:
         del sys.modules[name]
 
 
+@pytest.fixture(scope="session")
+def onnx_files(tmp_path_factory: pytest.TempPathFactory):
+    """Written when they are first asked for, as that takes seconds."""
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    from onnx_files import make_onnx_files
+
+    return make_onnx_files(tmp_path_factory.mktemp("onnx"))
+
+
 @pytest.fixture
 def load(split_dir: Path) -> Callable[..., PreTrainedModel]:
     """Loads the model repo as users do."""

@@ -115,7 +115,7 @@ def export(model: PreTrainedModel, interface: Interface, folder: Path) -> None:
     prompts = Prompts.random(model.config, **interface.example)
     grid, channels = model.prompt_encoder.image_embedding_size[0], model.prompt_encoder.hidden_size
     embeddings = {name: torch.zeros(len(prompts.points), channels, grid, grid) for name in encoder.outputs}
-    write(encoder, interface.example_images(model)[0], folder / interface.encoder_file)
+    write(encoder, interface.encoder_example(model), folder / interface.encoder_file)
     write(decoder, interface.decoder_inputs(embeddings, prompts), folder / interface.decoder_file)
     interface.write_settings(model, folder)
 

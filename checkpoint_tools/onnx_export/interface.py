@@ -60,7 +60,7 @@ class Decoder(Graph):
         Returns:
             Masks (images, objects, 3 or 1, 4g, 4g), logits, and scores (images, objects, 3 or 1).
         """
-        images, objects = input_points.shape[:2]
+        images, objects = image_embeddings.shape[0], input_points.shape[1]
         masks, scores = decode(
             self.model,
             per_object(image_embeddings, objects),
@@ -68,8 +68,11 @@ class Decoder(Graph):
             embed_points(self.model, input_points.flatten(0, 1), input_labels.flatten(0, 1)),
             embed_masks(self.model, input_masks.flatten(0, 1)[:, None], has_input_masks.flatten()),
         )
-        selected = (torch.arange(masks.shape[1]) > 0) == multimask_output
-        return masks[:, selected].unflatten(0, (images, objects)), scores[:, selected].unflatten(0, (images, objects))
+        selected = ((torch.arange(masks.shape[1]) > 0) == multimask_output).nonzero()[:, 0]
+        torch._check_is_size(selected.shape[0])  # for torch 2.7
+        torch._check(selected.shape[0] >= 1)
+        masks, scores = masks.index_select(1, selected), scores.index_select(1, selected)
+        return masks.reshape(images, objects, *masks.shape[1:]), scores.reshape(images, objects, -1)
 
 
 class Interface:
@@ -109,6 +112,10 @@ class Interface:
         shape = (2, vision.num_channels, vision.image_size, vision.image_size)
         pixel_values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         return {"pixel_values": pixel_values}, pixel_values
+
+    def encoder_example(self, model: PreTrainedModel) -> Tensors:
+        """Returns inputs of the encoder to export it with."""
+        return self.example_images(model)[0]
 
     def decoder_inputs(self, embeddings: Tensors, prompts: Prompts) -> Tensors:
         """Returns what the decoder is given for outputs of the encoder and prompts."""

@@ -17,7 +17,6 @@ from .prompts import Prompts
 
 
 ASSUMED_SIZE = 1024  # of the longer side of images in samexporter and others
-IMAGE_SIZE = (135, 90)  # height and width of the image whose masks are compared
 
 
 class Encoder(Graph):
@@ -105,13 +104,19 @@ class Decoder(Graph):
         resized = torch.floor(size * (self.side / size.max()) + 0.5)
         height, width, resized_height, resized_width = torch.cat([size, resized]).long().tolist()
         for length in (height, width, resized_height, resized_width):
-            torch._check_is_size(length)
+            torch._check_is_size(length)  # without it, torch 2.7 exports the lengths of the example as constants
             torch._check(length >= 1)
         torch._check(resized_height <= self.side)
         torch._check(resized_width <= self.side)
         masks = interpolate(masks, (self.side, self.side), mode="bilinear", align_corners=False)
         masks = masks[..., :resized_height, :resized_width]
         return interpolate(masks, (height, width), mode="bilinear", align_corners=False)
+
+
+def image_size(prompts: Prompts) -> tuple[int, int]:
+    """Returns height and width of an image: another for each number of points, so that no example is compared with."""
+    points = prompts.points.shape[2]
+    return 90 + 10 * points, 135 - 20 * points
 
 
 class Sam(Interface):
@@ -158,6 +163,11 @@ class Sam(Interface):
         pixel_values = self.processor(image.numpy(), return_tensors="pt")["pixel_values"]
         return {"input_image": image.float()}, pixel_values
 
+    def encoder_example(self, model: PreTrainedModel) -> Tensors:
+        """Returns an image that needs padding below and beside it: torch 2.7 exports a side without as a constant."""
+        side = model.config.vision_config.image_size
+        return {"input_image": torch.zeros(side * 3 // 4, side * 7 // 8, 3)}
+
     def decoder_inputs(self, embeddings: Tensors, prompts: Prompts) -> Tensors:
         """Returns the prompts of the one object."""
         points, labels = prompts.as_points()
@@ -168,7 +178,7 @@ class Sam(Interface):
             "point_labels": labels[0].float(),
             "mask_input": no_mask if prompts.masks is None else prompts.masks,
             "has_mask_input": torch.tensor([float(prompts.masks is not None)]),
-            "orig_im_size": torch.tensor(IMAGE_SIZE, dtype=torch.float32),
+            "orig_im_size": torch.tensor(image_size(prompts), dtype=torch.float32),
         }
 
     def expected(self, model: PreTrainedModel, embeddings: torch.Tensor, prompts: Prompts) -> Tensors:
@@ -179,9 +189,10 @@ class Sam(Interface):
             best = 1 + scores[0, 1:].argmax() if prompts.as_points()[0].shape[2] <= 2 else 0
             low_res_masks, scores = low_res_masks[:, best, None], scores[:, best, None]
         side = model.config.vision_config.image_size
-        height, width = (int(length * side / max(IMAGE_SIZE) + 0.5) for length in IMAGE_SIZE)
+        size = image_size(prompts)
+        height, width = (int(length * side / max(size) + 0.5) for length in size)
         masks = interpolate(low_res_masks, (side, side), mode="bilinear")[..., :height, :width]
-        masks = interpolate(masks, IMAGE_SIZE, mode="bilinear")
+        masks = interpolate(masks, size, mode="bilinear")
         return {"masks": masks, "iou_predictions": scores, "low_res_masks": low_res_masks}
 
     def write_settings(self, model: PreTrainedModel, folder: Path) -> None:
