@@ -18,6 +18,7 @@ from checkpoint_tools.staging import split_class
 
 
 SIDE = 64
+GRID = 32  # of masks
 MEAN, STD = [0.4, 0.5, 0.6], [0.3, 0.2, 0.25]  # not those that tools assume
 EXPORTS = {
     "transformers": ("--interface", "transformers", "--adapter", "adapter"),
@@ -33,6 +34,8 @@ class OnnxFiles:
 
     folder: Path
     stock: SamModel
+    side: int = SIDE
+    grid: int = GRID
 
     def __getitem__(self, export: str) -> Path:
         """Exports what has not been exported yet."""

@@ -11,7 +11,7 @@ import onnx
 import pytest
 import torch
 from conftest import assert_same_outputs, randomize
-from onnx_files import MEAN, SIDE, STD, run, run_convert
+from onnx_files import GRID, MEAN, SIDE, STD, run, run_convert
 from PIL import Image
 from torch.nn.functional import interpolate
 from transformers import SamConfig, SamImageProcessor, SamProcessor
@@ -19,9 +19,6 @@ from transformers import SamConfig, SamImageProcessor, SamProcessor
 from checkpoint_tools import meta_layout, meta_model, onnx_export
 from checkpoint_tools.loading import as_split, processor_for
 from checkpoint_tools.onnx_export import Sam, TransformersJs, graphs, sam
-
-
-GRID = 32  # of masks
 
 
 def points_and_labels(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:
