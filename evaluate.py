@@ -12,22 +12,21 @@ from pathlib import Path
 from checkpoint_tools.errors import one_line_errors
 from finetuning.evaluating import EvaluationRequest, evaluate
 from finetuning.evaluation import MODES
-from finetuning.segmentation_settings import MULTIMASK
+from finetuning.segmentation_settings import add_arguments, changes_of
 from finetuning.settings import DataSettings
 
 
 FILES = ("images", "masks", "coco", "image_pattern", "mask_pattern", "color_masks", "categories", "validation")
 DATASET = ("dataset", "dataset_config", "image_column", "mask_column", "split")
-DATA = (*FILES, *DATASET, "background", "void", "instances", "threshold", "turn_masks")
-READING = ("channels", "pages", "intensity")  # of images, in the data's and in the model's settings
-SETTINGS = ("image_size", "tile", "overlap", "multimask", "grid", "min_iou", "min_stability", "max_overlap")
+PIXELS = ("channels", "pages", "intensity", "background", "void", "instances", "threshold", "turn_masks")
+DATA = (*FILES, *DATASET, *PIXELS)
 
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_args(arguments)
     with one_line_errors(ValueError, ImportError):
-        given = {name: getattr(args, name) for name in (*DATA, *READING) if getattr(args, name) is not None}
-        changes = {name: getattr(args, name) for name in (*SETTINGS, *READING)}
+        given = {name: getattr(args, name) for name in DATA if getattr(args, name) is not None}
+        changes = changes_of(args)
         changes["intensity"] = args.intensity and " ".join(args.intensity)
         evaluate(
             EvaluationRequest(
@@ -83,15 +82,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="all by default")
     group.add_argument("--clicks", type=int, default=8, help="most clicks on an object (%(default)s)")
 
-    group = parser.add_argument_group("settings", "By default those that came with the model, or SAM's own.")
-    group.add_argument("--image-size", type=int, help="side to which images or tiles are scaled, in pixels")
-    group.add_argument("--tile", type=int, help="cut larger images into tiles of so many pixels")
-    group.add_argument("--overlap", type=float, help="what neighbouring tiles share, of a side (0.25)")
-    group.add_argument("--multimask", choices=MULTIMASK, help="when to choose among three masks (single-point)")
-    group.add_argument("--grid", type=int, help="points along a side of the grid of automatic masks (32)")
-    group.add_argument("--min-iou", type=float, help="lowest predicted IoU of automatic masks (0.88)")
-    group.add_argument("--min-stability", type=float, help="lowest stability score of automatic masks (0.95)")
-    group.add_argument("--max-overlap", type=float, help="highest IoU of two automatic masks (0.5)")
+    add_arguments(parser)
 
     group = parser.add_argument_group("output")
     group.add_argument("--output", type=Path, default=Path("build/evaluate"), help="folder for all results")

@@ -12,12 +12,8 @@ from transformers.utils import is_torchvision_available
 
 from checkpoint_tools.errors import one_line_errors
 from finetuning.segmentation import SegmentationRequest, segment_files
-from finetuning.segmentation_settings import MULTIMASK
+from finetuning.segmentation_settings import add_arguments, changes_of
 from finetuning.segmenter import PromptedObject
-
-
-SETTINGS = ("image_size", "tile", "overlap", "multimask", "grid", "min_iou", "min_stability", "max_overlap")
-READING = ("channels", "pages", "intensity")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -48,18 +44,10 @@ def parse_args(arguments: list[str] | None = None) -> SegmentationRequest:
     group.add_argument("--base", help="folder or Hub id of a SAM v1 (default: that of the adapter, or sam-tiny)")
     group.add_argument("--revision", help="of the base, on the Hub")
 
-    group = parser.add_argument_group("settings", "By default those that came with the model, or SAM's own.")
-    group.add_argument("--image-size", type=int, help="side to which images or tiles are scaled, in pixels")
+    group = add_arguments(parser)
     group.add_argument("--channels", type=int, nargs="+", help="bands that are red, green and blue, from 1")
     group.add_argument("--pages", help="number of the page, from 1, of files with several")
     group.add_argument("--intensity", help="what becomes 0 and 255: 'percentile LOW HIGH', min-max or dtype")
-    group.add_argument("--tile", type=int, help="cut larger images into tiles of so many pixels")
-    group.add_argument("--overlap", type=float, help="what neighbouring tiles share, of a side (0.25)")
-    group.add_argument("--multimask", choices=MULTIMASK, help="when to choose among three masks (single-point)")
-    group.add_argument("--grid", type=int, help="points along a side of the grid of --everything (32)")
-    group.add_argument("--min-iou", type=float, help="lowest predicted IoU of --everything (0.88)")
-    group.add_argument("--min-stability", type=float, help="lowest stability score of --everything (0.95)")
-    group.add_argument("--max-overlap", type=float, help="highest IoU of two masks of --everything (0.5)")
     group.add_argument(
         "--pipeline",
         choices=("ours", "stock"),
@@ -80,7 +68,6 @@ def parse_args(arguments: list[str] | None = None) -> SegmentationRequest:
             parser.error("--pipeline stock: expected --everything, without --tile.")
         if not is_torchvision_available():
             parser.error("--pipeline stock needs torchvision to remove duplicate masks: pip install torchvision.")
-    changes = {name: getattr(args, name) for name in (*SETTINGS, *READING)}
     return SegmentationRequest(
         args.images,
         args.prompts,
@@ -94,7 +81,7 @@ def parse_args(arguments: list[str] | None = None) -> SegmentationRequest:
         args.base,
         args.revision,
         args.adapter,
-        changes,
+        changes_of(args),
     )
 
 

@@ -1,5 +1,6 @@
 """How a trained model is to be used: settings that travel with its weights, as `segmentation.json`."""
 
+import argparse
 import json
 import warnings
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -107,6 +108,26 @@ class SegmentationSettings:
             return cls(**values | {"reading": ImageReading(**values.get("reading", {}))})
         except (SegmentationSettingsError, DataError, TypeError) as error:
             raise SegmentationSettingsError(f"{path}: {error}") from error
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Adds the options that all commands have for these settings, None by default, and returns their group."""
+    group = parser.add_argument_group("settings", "By default those that came with the model, or SAM's own.")
+    group.add_argument("--image-size", type=int, help="side to which images or tiles are scaled, in pixels")
+    group.add_argument("--tile", type=int, help="cut larger images into tiles of so many pixels")
+    group.add_argument("--overlap", type=float, help="what neighbouring tiles share, of a side (0.25)")
+    group.add_argument("--multimask", choices=MULTIMASK, help="when to choose among three masks (single-point)")
+    group.add_argument("--grid", type=int, help="points along a side of the grid of automatic masks (32)")
+    group.add_argument("--min-iou", type=float, help="lowest predicted IoU of automatic masks (0.88)")
+    group.add_argument("--min-stability", type=float, help="lowest stability score of automatic masks (0.95)")
+    group.add_argument("--max-overlap", type=float, help="highest IoU of two automatic masks (0.5)")
+    return group
+
+
+def changes_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the settings and ways of reading that a command was given, for `but`; None for those that it was not."""
+    names = {field.name for field in fields(SegmentationSettings)} - {"reading"} | {"channels", "pages", "intensity"}
+    return {name: getattr(args, name) for name in names}
 
 
 def settings_file(source: str | Path, revision: str | None = None) -> Path | None:
