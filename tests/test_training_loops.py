@@ -6,119 +6,36 @@ on q and v, which stock cannot have, is compared with the chain rule on stock, o
 
 import contextlib
 import copy
-import itertools
-import pickle
-import sys
 import threading
-import time
-import warnings
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from conftest import assert_same_outputs, randomize, stock_model
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.helpers import rescale_adapter_scale
+from conftest import assert_same_outputs
 from torch import nn
 from torch.func import functional_call
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModel, SamModel
-
-
-Tensors = dict[str, torch.Tensor]
-Loop = Callable[[nn.Module, Tensors], Tensors]
-EXACT = 1e-10  # in double precision, where all loops run
-LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q", "v"], "task_type": "FEATURE_EXTRACTION"}
-
-
-@pytest.fixture(scope="module")
-def models(stock, split_dir) -> tuple[SamModel, nn.Module]:
-    """Stock SAM and ours with the same weights, in training mode. Shared: tests take copies."""
-    split = AutoModel.from_pretrained(split_dir, trust_remote_code=True)
-    return copy.deepcopy(stock).double().train(), split.double().train()
-
-
-@pytest.fixture(params=["tiled", "folded"])
-def path(request, monkeypatch, models) -> str:
-    """The path that attention takes, on this device or another."""
-    module = sys.modules[type(models[1]).__module__.replace("modeling_sam_split", "attention_sam_split")]
-    monkeypatch.setattr(module, "attention_path", lambda query: request.param)
-    return request.param
-
-
-@pytest.fixture
-def stock_twin(models) -> SamModel:
-    return copy.deepcopy(models[0])
-
-
-@pytest.fixture
-def stock_eager(stock_dir) -> SamModel:
-    """Stock SAM cannot be switched afterwards."""
-    return SamModel.from_pretrained(stock_dir, attn_implementation="eager").double().train()
-
-
-@pytest.fixture
-def split(models) -> nn.Module:
-    return copy.deepcopy(models[1])
-
-
-@pytest.fixture
-def inputs(inputs) -> Tensors:
-    return {name: tensor.double() for name, tensor in inputs.items()}
-
-
-def loss(outputs) -> torch.Tensor:
-    """Weighs all outputs differently."""
-    return sum(
-        (output * torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)).sum()
-        for output in (outputs.pred_masks, outputs.iou_scores)
-    )
-
-
-def joined(tensors: Tensors, dim: int = 0) -> Tensors:
-    """Those of q, k and v as one, as stock's qkv has them. A bias of keys alone has none but noise."""
-    found = {name: tensor for name, tensor in tensors.items() if not name.endswith("k_proj.bias")}
-    for name in [name for name in found if ".attn.q." in name]:
-        parts = [found.pop(name.replace(".q.", f".{part}.")) for part in "qkv"]
-        found[name.replace(".q.", ".qkv.")] = torch.cat(parts, dim)
-    return found
-
-
-def gradients(parameters: dict[str, nn.Parameter]) -> Tensors:
-    found = {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
-    assert any(".attn." in name or ".mlp." in name for name in found)
-    return joined(found)
-
-
-def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
-    return dict(model.named_parameters())
-
-
-def other_weights(model: nn.Module, seed: int = 5) -> Tensors:
-    """A state dict for `model`, the same for stock and ours."""
-    stock = randomize(SamModel(model.config if isinstance(model, SamModel) else stock_model().config), seed).double()
-    weights = stock.state_dict()
-    if "vision_encoder.layers.0.attn.q.weight" in model.state_dict():
-        for name in [name for name in weights if ".qkv." in name]:
-            parts = weights.pop(name).chunk(3)
-            weights.update({name.replace(".qkv.", f".{p}."): w.clone() for p, w in zip("qkv", parts, strict=True)})
-    return weights
-
-
-def disturbed(between: Callable[[nn.Module], object]) -> Loop:
-    """A loop that calls `between` with the model, between forward and backward, and then looks at the model again."""
-
-    def loop(model: nn.Module, inputs: Tensors) -> Tensors:
-        parameters = parameters_of(model)
-        outputs = model(**inputs)
-        between(model)
-        loss(outputs).backward()
-        with torch.no_grad():
-            after = model(**inputs).pred_masks
-        return {"output": outputs.pred_masks.detach(), "after": after, **gradients(parameters)}
-
-    return loop
+from training_loops import (  # noqa: F401
+    EXACT,
+    Loop,
+    Tensors,
+    add_hooks,
+    copied,
+    disturbed,
+    gradients,
+    inputs,
+    joined,
+    loss,
+    models,
+    other_weights,
+    parameters_of,
+    path,
+    plain,
+    split,
+    stock_eager,
+    stock_twin,
+)
 
 
 def around(context: Callable[[nn.Module], contextlib.AbstractContextManager]) -> Loop:
@@ -129,9 +46,6 @@ def around(context: Callable[[nn.Module], contextlib.AbstractContextManager]) ->
             return plain(model, inputs)
 
     return loop
-
-
-plain = disturbed(lambda model: None)
 
 
 def replace_weights(model: nn.Module) -> None:
@@ -153,12 +67,6 @@ def overwrite(model: nn.Module) -> None:
     model.load_state_dict(other_weights(model))
 
 
-def add_hooks(model: nn.Module) -> None:
-    for module in model.modules():
-        module.register_forward_pre_hook(lambda module, args: None)
-        module.register_forward_hook(lambda module, args, output: None)
-
-
 def toggle(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if ".mlp." in name or ".0.attn." in name:
@@ -173,12 +81,6 @@ def toggle_and_back(model: nn.Module) -> None:
 def other_dtype(model: nn.Module) -> None:
     model.float()
     model.double()
-
-
-def copied(model: nn.Module) -> None:
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        randomize(other)
-        other.zero_grad()
 
 
 def other_forward(model: nn.Module) -> None:
@@ -427,7 +329,6 @@ LOOPS: dict[str, Loop] = {
     "save_on_cpu": around(lambda model: torch.autograd.graph.save_on_cpu()),
     "detect_anomaly": around(lambda model: torch.autograd.detect_anomaly(check_nan=True)),
 }
-
 # Torch's own operators keep what stock's do.
 FOLDED = ["plain", "functional_call", "weights replaced", "accumulation", "frozen but for tables", "replicas"]
 
@@ -514,428 +415,3 @@ def test_dropout_of_attention(split, stock_eager, inputs, monkeypatch):
             found.append(plain(model, inputs))
         assert not torch.allclose(found[-1]["output"], without, rtol=1e-3)
     assert_same_outputs(found[1], found[0], 1e-5)
-
-
-# LoRA on q and v
-
-
-def adapted(model: nn.Module, dropout: float = 0.0, **changes) -> PeftModel:
-    """With adapters that are not the identity, in training mode."""
-    model = get_peft_model(copy.deepcopy(model), LoraConfig(**{**LORA, "lora_dropout": dropout, **changes}))
-    fill_adapters(model)
-    return model.double().train()
-
-
-def fill_adapters(model: nn.Module, seed: int = 3) -> None:
-    parameters = {name: parameter for name, parameter in model.named_parameters() if "lora_" in name}
-    randomize(nn.ParameterList(parameters.values()), seed)
-
-
-def adapter_gradients(model: nn.Module, *, context=contextlib.nullcontext, between=lambda model: None) -> Callable:
-    """A step with `context` around the forward and `between` called after it, as a function of the inputs."""
-
-    def step(inputs: Tensors) -> Tensors:
-        parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-        torch.manual_seed(7)  # for dropout
-        with context():
-            outputs = model(**inputs)
-        between(model)
-        torch.manual_seed(8)
-        loss(outputs).backward()
-        found = {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
-        assert found and all(tensor.any() for tensor in found.values())
-        return {"output": outputs.pred_masks.detach(), **found}
-
-    return step
-
-
-def chain_rule(model: PeftModel, stock: SamModel, inputs: Tensors, scale: float = 1.0) -> Tensors:
-    """What `adapter_gradients` must give without dropout: from stock with the adapter, times `scale`, merged."""
-    stock = copy.deepcopy(stock)
-    factors = {}
-    for index, layer in enumerate(stock.vision_encoder.layers):
-        attention = model.base_model.model.vision_encoder.layers[index].attn
-        for part, weight in zip("qkv", layer.attn.qkv.weight.data.chunk(3), strict=True):
-            if part == "k":
-                continue
-            linear = getattr(attention, part)
-            a, b = linear.lora_A["default"].weight.detach(), linear.lora_B["default"].weight.detach()
-            factor = scale * linear.scaling["default"]
-            weight += factor * b @ a
-            factors[index, part] = a, b, factor
-    expected = {"output": plain(stock, inputs)["output"]}
-    for index, layer in enumerate(stock.vision_encoder.layers):
-        for part, grad in zip("qkv", layer.attn.qkv.weight.grad.chunk(3), strict=True):
-            if part != "k":
-                a, b, factor = factors[index, part]
-                name = f"base_model.model.vision_encoder.layers.{index}.attn.{part}.lora_%s.default.weight"
-                expected |= {name % "A": factor * b.T @ grad, name % "B": factor * grad @ a.T}
-    return expected
-
-
-@contextlib.contextmanager
-def doubled_input(model: nn.Module) -> Iterator[None]:
-    """A temporary forward pre-hook on every adapter."""
-    handles = [
-        module.register_forward_pre_hook(lambda _, args: (2 * args[0],))
-        for name, module in model.named_modules()
-        if name.endswith("lora_A.default")
-    ]
-    yield
-    for handle in handles:
-        handle.remove()
-
-
-def set_dropout(model: nn.Module, p: float) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = p
-
-
-def scale_layers(model: nn.Module) -> None:
-    for module in model.modules():
-        if hasattr(module, "scale_layer"):
-            module.scale_layer(0.5)
-
-
-def test_adapters_train_as_the_chain_rule_says(split, stock_twin, path, inputs):
-    model = adapted(split)
-    assert_same_outputs(adapter_gradients(model)(inputs), chain_rule(model, stock_twin, inputs), EXACT)
-
-
-@pytest.mark.parametrize("context, scale", [(rescale_adapter_scale, 0.5), (doubled_input, 2)], ids=["scale", "hook"])
-def test_adapters_changed_around_the_forward_alone(context, scale, split, stock_twin, path, inputs):
-    model = adapted(split)
-    arguments = (model, scale) if context is rescale_adapter_scale else (model,)
-    actual = adapter_gradients(model, context=lambda: context(*arguments))(inputs)
-    assert_same_outputs(actual, chain_rule(model, stock_twin, inputs, scale), EXACT)
-
-
-@pytest.mark.parametrize("context, scale", [(rescale_adapter_scale, 0.5), (doubled_input, 2)], ids=["scale", "hook"])
-def test_adapters_with_dropout_changed_around_the_forward_alone(context, scale, split, path, inputs):
-    """As if they were changed around backward, too."""
-    alone, throughout = (adapted(split, dropout=0.5, target_modules=["q", "v", "lin1"]) for _ in range(2))
-    arguments = (scale,) if context is rescale_adapter_scale else ()
-    actual = adapter_gradients(alone, context=lambda: context(alone, *arguments))(inputs)
-    with context(throughout, *arguments):
-        expected = adapter_gradients(throughout)(inputs)
-    assert_same_outputs(actual, expected, EXACT)
-
-
-ADAPTER_CHANGES = {
-    "Dropout.p": lambda model: set_dropout(model, 0.1),
-    "scale_layer": scale_layers,
-    "eval": nn.Module.eval,
-    "hooks": add_hooks,
-    "disable_adapter_layers": lambda model: (model.base_model.disable_adapter_layers(), model.requires_grad_(True)),
-    "unload": lambda model: model.unload(),
-    "deepcopy": copied,
-    "output_hidden_states": lambda model: model(
-        pixel_values=torch.randn(1, 3, 64, 64, dtype=torch.float64), output_hidden_states=True
-    ),
-}
-
-
-@pytest.mark.parametrize("change", ADAPTER_CHANGES)
-@pytest.mark.parametrize("path", ["tiled"], indirect=True)
-def test_adapters_changed_between_forward_and_backward(change, split, path, inputs):
-    undisturbed, model = (adapted(split, dropout=0.5, target_modules=["q", "v", "lin1"]) for _ in range(2))
-    expected = adapter_gradients(undisturbed)(inputs)
-    actual = adapter_gradients(model, between=ADAPTER_CHANGES[change])(inputs)
-    assert_same_outputs(actual, expected, EXACT)
-
-
-def test_optimizer_in_backward_of_adapters_with_dropout(split, path, inputs):
-    """Ends where a step after backward ends."""
-    models = adapted(split, dropout=0.5), adapted(split, dropout=0.5)
-    for model, in_backward in zip(models, (True, False), strict=True):
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizers = {parameter: torch.optim.AdamW([parameter], 1e-2) for parameter in parameters}
-
-        def step(parameter: nn.Parameter, optimizers=optimizers) -> None:
-            optimizers[parameter].step()
-            optimizers[parameter].zero_grad()
-
-        for parameter in parameters if in_backward else ():
-            parameter.register_post_accumulate_grad_hook(step)
-        for seed in range(2):
-            torch.manual_seed(seed)
-            loss(model(**inputs)).backward()
-            for parameter in parameters if not in_backward else ():
-                step(parameter)
-    actual, expected = ({n: p.detach() for n, p in m.named_parameters() if "lora_" in n} for m in models)
-    assert_same_outputs(actual, expected, EXACT)
-    start = dict(adapted(split).named_parameters())
-    assert all((expected[name] - start[name]).abs().max() > 5e-3 for name in expected)
-
-
-def test_two_adapters_in_one_loss(split, stock_twin, path, inputs):
-    model = adapted(split)
-    model.add_adapter("other", LoraConfig(**LORA))
-    model.double()
-    fill_adapters(model, seed=4)
-    parameters = {name: parameter for name, parameter in model.named_parameters() if "lora_" in name}
-    total = 0
-    for name, weight in (("default", 1), ("other", 3)):
-        model.set_adapter(name)
-        total += weight * loss(model(**inputs))
-    for parameter in parameters.values():  # set_adapter freezes the others
-        parameter.requires_grad_()
-    total.backward()
-    actual = {name: parameter.grad for name, parameter in parameters.items()}
-
-    expected = {}
-    for name, weight in (("default", 1), ("other", 3)):
-        model.zero_grad()
-        model.set_adapter(name)
-        (weight * loss(model(**inputs))).backward()
-        expected |= {n: p.grad.clone() for n, p in parameters.items() if f".{name}." in n}
-    assert_same_outputs(actual, expected, EXACT)
-    model.set_adapter("default")
-    model.zero_grad()
-    oracle = chain_rule(model, stock_twin, inputs)
-    assert_same_outputs({n: actual[n] for n in oracle if n in actual}, {n: oracle[n] for n in oracle if n in actual})
-
-
-@pytest.mark.parametrize("target", ["mlp.lin1.weight", "mlp.lin2.weight"])
-def test_target_parameters(target, split, stock_twin, path, inputs):
-    """Stock has the same adapters."""
-    models = [adapted(model, target_modules=[], target_parameters=[target]) for model in (split, stock_twin)]
-    actual, expected = (adapter_gradients(model)(inputs) for model in models)
-    assert_same_outputs(actual, expected, EXACT)
-
-
-@pytest.mark.parametrize("path", ["tiled"], indirect=True)
-def test_each_image_with_its_own_adapter(split, path, inputs):
-    """In one batch, as PEFT's `adapter_names` asks for, `__base__` among them."""
-    model = adapted(split)
-    model.add_adapter("other", LoraConfig(**LORA))
-    model.double().eval()
-    fill_adapters(model, seed=4)
-    images = torch.cat([inputs["pixel_values"], inputs["pixel_values"][:1]])
-    points = torch.cat([inputs["input_points"], inputs["input_points"][:1]])
-    names = ["other", "__base__", "default"]
-    actual = model(pixel_values=images, input_points=points, adapter_names=names).pred_masks
-    for index, name in enumerate(names):
-        with model.disable_adapter() if name == "__base__" else contextlib.nullcontext():
-            if name != "__base__":
-                model.set_adapter(name)
-            one = slice(index, index + 1)
-            expected = model(pixel_values=images[one], input_points=points[one]).pred_masks
-        torch.testing.assert_close(actual[one], expected, rtol=1e-10, atol=0)
-
-
-# Functions of the model
-
-
-def scalar(model: nn.Module, image: torch.Tensor) -> torch.Tensor:
-    output = model(image).last_hidden_state
-    return (output * torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)).sum()
-
-
-def weights_of(encoder: nn.Module) -> Tensors:
-    return {name: parameter.detach() for name, parameter in encoder.named_parameters()}
-
-
-def weighted(encoder: nn.Module) -> Callable[[Tensors, torch.Tensor], torch.Tensor]:
-    """`scalar` as a function of weights and image."""
-
-    def function(weights: Tensors, image: torch.Tensor) -> torch.Tensor:
-        output = functional_call(encoder, weights, (image,)).last_hidden_state
-        return (output * torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)).sum()
-
-    return function
-
-
-def func_grad(encoder: nn.Module, images: torch.Tensor) -> Tensors:
-    return joined(torch.func.grad(weighted(encoder))(weights_of(encoder), images))
-
-
-def vjp(encoder: nn.Module, images: torch.Tensor) -> Tensors:
-    _, backward = torch.func.vjp(lambda images: encoder(images).last_hidden_state, images)
-    return {"image": backward(torch.ones_like(encoder(images).last_hidden_state))[0]}
-
-
-def per_sample(encoder: nn.Module, images: torch.Tensor) -> Tensors:
-    grad = torch.func.grad(lambda weights, image: weighted(encoder)(weights, image[None]))
-    return joined(torch.func.vmap(grad, (None, 0))(weights_of(encoder), images), dim=1)
-
-
-def ensemble(encoder: nn.Module, images: torch.Tensor) -> Tensors:
-    weights = {name: torch.stack([weight, 1.1 * weight]) for name, weight in weights_of(encoder).items()}
-    return {"output": torch.func.vmap(weighted(encoder), (0, None))(weights, images)}
-
-
-def grads_batched(encoder: nn.Module, images: torch.Tensor) -> Tensors:
-    output = encoder(images).last_hidden_state
-    parameters = parameters_of(encoder)
-    batch = torch.linspace(-1, 1, 3 * output.numel(), dtype=output.dtype).view(3, *output.shape)
-    found = torch.autograd.grad(output, list(parameters.values()), batch, is_grads_batched=True)
-    found = dict(zip(parameters, found, strict=True))
-    return {name: tensor for name, tensor in found.items() if "attn.rel_pos" in name or ".attn.proj" in name}
-
-
-def jacobian(encoder: nn.Module, images: torch.Tensor) -> Tensors:
-    def function(image: torch.Tensor) -> torch.Tensor:
-        return encoder(image).last_hidden_state[:, 0, :2, :2]
-
-    return {"image": torch.autograd.functional.jacobian(function, images, vectorize=True)}
-
-
-def jacrev(encoder: nn.Module, images: torch.Tensor) -> Tensors:
-    return {"image": torch.func.jacrev(lambda image: encoder(image).last_hidden_state[:, 0, :2, :2])(images)}
-
-
-def second_derivative(encoder: nn.Module, images: torch.Tensor) -> Tensors:
-    leaf = images.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(scalar(encoder, leaf), leaf, create_graph=True)
-    gradient.square().sum().backward()
-    return gradients(parameters_of(encoder))
-
-
-def second_func(encoder: nn.Module, images: torch.Tensor) -> Tensors:
-    def first(images: torch.Tensor) -> torch.Tensor:
-        return torch.func.grad(lambda images: scalar(encoder, images))(images).square().sum()
-
-    return {"image": torch.func.grad(first)(images)}
-
-
-def jvp(encoder: nn.Module, images: torch.Tensor) -> Tensors:
-    tangent = torch.linspace(-1, 1, images.numel(), dtype=images.dtype).view_as(images)
-    return {"image": torch.func.jvp(lambda images: scalar(encoder, images), (images,), (tangent,))[1]}
-
-
-def dual(encoder: nn.Module, images: torch.Tensor) -> Tensors:
-    with torch.autograd.forward_ad.dual_level():
-        tangents = {name: weight.clone() for name, weight in weights_of(encoder).items()}
-        make_dual = torch.autograd.forward_ad.make_dual
-        weights = {name: make_dual(weight, tangents[name]) for name, weight in weights_of(encoder).items()}
-        return {"output": torch.autograd.forward_ad.unpack_dual(weighted(encoder)(weights, images)).tangent}
-
-
-def hessian_vector(encoder: nn.Module, images: torch.Tensor) -> Tensors:
-    """Forward over reverse."""
-    grad = torch.func.grad(lambda images: scalar(encoder, images))
-    return {"image": torch.func.jvp(grad, (images,), (torch.ones_like(images),))[1]}
-
-
-RIGHT, EAGER, FORWARD_MODE = None, 'attn_implementation="eager"', "jvp function"
-TRANSFORMS = {  # what sdpa does: it is right, or raises this. Stock's has no forward mode at all
-    "tiled": {
-        func_grad: RIGHT,
-        vjp: RIGHT,
-        per_sample: EAGER,
-        ensemble: EAGER,
-        grads_batched: EAGER,
-        jacobian: EAGER,
-        jacrev: EAGER,
-        second_derivative: EAGER,
-        second_func: EAGER,
-        jvp: f"{EAGER}|{FORWARD_MODE}",
-        dual: f"{EAGER}|{FORWARD_MODE}",
-        hessian_vector: f"{EAGER}|{FORWARD_MODE}",
-    },
-}
-TRANSFORMS["folded"] = dict.fromkeys(TRANSFORMS["tiled"], RIGHT)
-
-
-@pytest.mark.filterwarnings(
-    "ignore:There is a performance drop:UserWarning",  # vmap, of what it must loop over
-    "ignore:`torch.jit.script` is deprecated",  # which forward mode uses itself
-)
-@pytest.mark.parametrize("transform", TRANSFORMS["tiled"], ids=lambda function: function.__name__)
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_function_transforms(implementation, transform, split, stock_twin, stock_eager, path, inputs):
-    """They are right, or say that `eager` is what works."""
-    split.set_attn_implementation(implementation)
-    images = inputs["pixel_values"]
-    error = TRANSFORMS[path][transform] if implementation == "sdpa" else RIGHT
-    if error is not RIGHT:
-        with pytest.raises(RuntimeError, match=error):
-            transform(split.vision_encoder, images)
-        return
-    is_exact = implementation == "sdpa" and transform in (func_grad, vjp)
-    expected = transform((stock_twin if is_exact else stock_eager).vision_encoder, images)
-    tolerance = EXACT if is_exact else 1e-5  # eager's softmax is in fp32
-    assert_same_outputs(transform(split.vision_encoder, images), expected, tolerance)
-
-
-# Two processes
-
-
-def sharded_gradients(rank: int, folders: dict[str, str], result: str) -> None:
-    """What one of two processes does: each takes one image, and both hold a part of each weight.
-
-    Run in a process of its own.
-    """
-    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
-
-    warnings.simplefilter("ignore")  # torch, of its own parts
-    torch.distributed.init_process_group("gloo", init_method=f"file://{result}.store", rank=rank, world_size=2)
-    inputs = {name: tensor[rank : rank + 1] for name, tensor in torch.load(f"{result}.inputs").items()}
-    found = {}
-    for name, wrapped in itertools.product(("whole", "adapted"), ("FSDP1", "FSDP2")):
-        torch.manual_seed(0)
-        model = AutoModel.from_pretrained(folders["split"], trust_remote_code=True).double().train()
-        layer = type(model.vision_encoder.layers[0])
-        if name == "adapted":
-            model = adapted(model)
-        if wrapped == "FSDP1":
-            policy, device = ModuleWrapPolicy({layer}), torch.device("cpu")
-            model = FullyShardedDataParallel(model, auto_wrap_policy=policy, use_orig_params=True, device_id=device)
-            loss(model(**inputs)).backward()
-            with FullyShardedDataParallel.summon_full_params(model, with_grads=True):
-                grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-        else:
-            mesh = torch.distributed.init_device_mesh("cpu", (2,))
-            for module in [module for module in model.modules() if isinstance(module, layer)]:
-                fully_shard(module, mesh=mesh)
-            fully_shard(model, mesh=mesh)
-            loss(model(**inputs)).backward()
-            grads = {n: p.grad.full_tensor() for n, p in model.named_parameters() if p.grad is not None}
-        found[f"{wrapped} {name}"] = {n.replace("_fsdp_wrapped_module.", ""): grad for n, grad in grads.items()}
-    if rank == 0:
-        torch.save(found, result)
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_sharded(models, split_dir, tmp_path, inputs):
-    """FSDP 1 and 2, of all weights and of adapters, equal one process with both images."""
-    stock, split = copy.deepcopy(models[0]), models[1]
-    result = tmp_path / "gradients"
-    torch.save(inputs, f"{result}.inputs")
-    context = torch.multiprocessing.start_processes(
-        sharded_gradients, ({"split": str(split_dir)}, str(result)), nprocs=2, join=False, start_method="spawn"
-    )
-    deadline = time.monotonic() + 120
-    try:
-        while not context.join(timeout=1):
-            assert time.monotonic() < deadline, "the processes wait for each other"
-    finally:
-        for process in context.processes:
-            process.kill()
-    found = torch.load(result)
-
-    def averaged(run: Callable[[Tensors], Tensors], model: nn.Module) -> Tensors:
-        total: Tensors = {}
-        for index in range(2):
-            model.zero_grad()
-            one = run({name: tensor[index : index + 1] for name, tensor in inputs.items()})
-            for name in one.keys() - {"output", "after"}:
-                total[name] = total.get(name, 0) + one[name] / 2
-        return total
-
-    model = adapted(split)
-    expected = {
-        "whole": averaged(lambda one: plain(stock, one), stock),
-        "adapted": averaged(adapter_gradients(model), model),
-    }
-    assert len(found) == 4
-    for name, grads in found.items():
-        wanted = expected[name.split()[1]]
-        grads = joined(grads) if "whole" in name else grads
-        unused = grads.keys() - wanted.keys()
-        assert not any(grads[name].any() for name in unused), name  # FSDP1 gives zeros
-        assert_same_outputs({name: grads[name] for name in wanted}, wanted, EXACT)
