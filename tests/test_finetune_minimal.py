@@ -27,9 +27,9 @@ def example() -> ModuleType:
 
 def test_it_learns_from_folders(example, tmp_path):
     to_split(str(SAM_TINY), tmp_path / "sam-split")
-    image, labels = Coins().read()
-    labels[150:] = 0  # half of the coins suffice
-    for name, array in (("images", image), ("masks", labels.astype(np.uint16))):
+    coins = Coins().read()
+    coins.labels[150:] = 0  # half of the coins suffice
+    for name, array in (("images", coins.image), ("masks", coins.labels.astype(np.uint16))):
         (tmp_path / name).mkdir()
         Image.fromarray(array).save(tmp_path / name / "coins.png")
     before, after = example.main(
