@@ -10,8 +10,8 @@ import argparse
 from pathlib import Path
 
 from checkpoint_tools.errors import one_line_errors
-from finetuning.evaluating import EvaluationRequest, evaluate
-from finetuning.evaluation import MODES
+from finetuning.evaluation import EvaluationRequest, evaluate
+from finetuning.scoring import MODES
 from finetuning.segmentation_settings import add_arguments, changes_of
 from finetuning.settings import DataSettings
 

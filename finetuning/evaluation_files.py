@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from huggingface_hub import EvalResult, HfApi, ModelCard
 
-from .evaluation import AUTOMATIC, BOXES, POINTS, EvaluationImage, Scores
+from .scoring import AUTOMATIC, BOXES, POINTS, EvaluationImage, Scores
 from .segments import Segment
 
 

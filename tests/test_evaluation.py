@@ -15,7 +15,10 @@ from transformers import AutoProcessor, SamModel
 
 import evaluate
 from checkpoint_tools.staging import SAM_TINY, split_class
-from finetuning.evaluation import (
+from finetuning.metrics import detection_metrics
+from finetuning.model import load_base
+from finetuning.samples import Sample
+from finetuning.scoring import (
     EvaluationImage,
     Scores,
     class_summary,
@@ -24,9 +27,6 @@ from finetuning.evaluation import (
     first_click,
     with_correction,
 )
-from finetuning.metrics import detection_metrics
-from finetuning.model import load_base
-from finetuning.samples import Sample
 from finetuning.segmentation_settings import SegmentationSettings
 from finetuning.segmenter import PromptedObject
 from finetuning.segments import iou_matrix, segment_of, segments_of
