@@ -17,11 +17,23 @@ COLOURS = np.array(
 )
 
 
-def draw_segments(image: np.ndarray, segments: Sequence[Segment], opacity: float = 0.4) -> np.ndarray:
-    """Returns `image` (H, W, 3) uint8 with each segment tinted and outlined, neighbours in different colours."""
+def draw_segments(
+    image: np.ndarray, segments: Sequence[Segment], opacity: float = 0.4, colours: Sequence[int] | None = None
+) -> np.ndarray:
+    """Returns `image` (H, W, 3) uint8 with each segment tinted and outlined, neighbours in different colours.
+
+    Args:
+        image: (H, W, 3) uint8.
+        segments: In the order in which they are drawn.
+        opacity: Of the tint.
+        colours: Indices into `COLOURS`, where the same objects are drawn more than once.
+    """
     drawn = image.astype(float)
     thickness = line_width(image.shape[:2])
-    for segment, colour in zip(segments, COLOURS[distinct_colours(segments)], strict=True):
+    colours = distinct_colours(segments) if colours is None else colours
+    for segment, colour in zip(segments, COLOURS[[*colours]], strict=True):
+        if not segment.area:
+            continue
         part = drawn[segment.window]
         part[segment.crop] = (1 - opacity) * part[segment.crop] + opacity * colour
         outline = segment.crop & ~ndimage.binary_erosion(segment.crop, iterations=thickness)

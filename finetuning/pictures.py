@@ -10,14 +10,8 @@ matplotlib.use("Agg")  # no window is opened, and none is needed
 import matplotlib.pyplot as plt
 import numpy as np
 
-
-def overlay(image: np.ndarray, masks: np.ndarray, opacity: float = 0.6) -> np.ndarray:
-    """Returns `image` (H, W, 3) with each of the `masks` (objects, H, W) in a colour of its own."""
-    coloured = image.astype(float)
-    for index, mask in enumerate(masks):
-        colour = 255 * np.array(plt.get_cmap("tab20")(index % 20)[:3])
-        coloured[mask] = (1 - opacity) * coloured[mask] + opacity * colour
-    return coloured.round().astype(np.uint8)
+from .overlays import distinct_colours, draw_segments
+from .segments import segment_of
 
 
 def plot_masks(rows: list[dict[str, Any]], path: Path) -> None:
@@ -32,10 +26,11 @@ def plot_masks(rows: list[dict[str, Any]], path: Path) -> None:
         len(rows), 1 + len(titles), figsize=(4 * (1 + len(titles)), 5 * len(rows)), layout="constrained", squeeze=False
     )
     for axes, row in zip(grid, rows, strict=True):
+        colours = distinct_colours(list(map(segment_of, row["masks"][titles[0]])))  # of each object, in all masks
         axes[0].imshow(row["image"])
         axes[0].set_title("image and prompts")
         for axis, title in zip(axes[1:], titles, strict=True):
-            axis.imshow(overlay(row["image"], row["masks"][title]))
+            axis.imshow(draw_segments(row["image"], list(map(segment_of, row["masks"][title])), colours=colours))
             axis.set_title(title)
         for axis in axes:
             axis.plot(*np.reshape(row["points"], (-1, 2)).T, "r*", markeredgecolor="white", markersize=10)
