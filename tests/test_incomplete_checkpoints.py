@@ -15,7 +15,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import SamModel
 
+import app
 import demo
+import evaluate
 import finetune
 import segment
 import upload
@@ -98,8 +100,13 @@ COMMANDS = {
     "finetune.py": "--base {base} --output out --steps 1",
     "segment.py": "{image} --base {base} --point 3 3 --output out",
     "segment.py --adapter": "{image} --base {base} --adapter {split_adapter} --point 3 3 --output out",
+    "evaluate.py": "--model {base} --output out",
+    "evaluate.py --adapter": "--adapter {split_adapter} --base {base} --output out",
+    "app.py": "--base {base}",
 }
 MAINS = {
+    "app": app.main,
+    "evaluate": evaluate.main,
     "upload": upload.main,
     "verify": verify.main,
     "demo": demo.main,
@@ -163,6 +170,8 @@ ADAPTED = {
     "convert.py to-sam": "to-sam {split} out --adapter adapter",
     "convert.py adapter-to-fused": "adapter-to-fused adapter out --base {split}",
     "segment.py": "{image} --base {split} --adapter adapter --point 3 3 --output out",
+    "evaluate.py": "--adapter adapter --base {split} --output out",
+    "app.py": "--base {split} --adapter adapter",
 }
 
 
