@@ -20,8 +20,9 @@ test: quality test-newest
 
 # The same, and the tests with the oldest supported versions and, less the slow ones, with the latest of all.
 test-all: quality
-	$(MAKE) --jobs=2 --output-sync=target test-newest test-floor
-	$(MAKE) test-latest PYTEST="-m 'not slow'"
+	$(MAKE) --jobs=3 --output-sync=target test-newest test-floor test-latest
+
+test-latest: PYTEST += -m "not slow"
 
 test-%: .venv/%/installed
 	.venv/$*/bin/pytest $(PYTEST)
