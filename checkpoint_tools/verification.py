@@ -33,7 +33,8 @@ def verify(repo: str, base: Path, revision: str | None = None) -> dict[str, Any]
     check_settings(folder)
     check_code(folder)
     model = AutoModel.from_pretrained(repo, revision=revision, trust_remote_code=True, dtype=torch.float32)
-    processor = AutoProcessor.from_pretrained(repo, revision=revision, trust_remote_code=False)
+    # From the folder of the commit, because transformers 5.0.0 looks for a processor on main, whatever the revision.
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     figures = {
         "num_parameters": model.num_parameters(),
         "num_vision_parameters": model.vision_encoder.num_parameters(),
