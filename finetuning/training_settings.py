@@ -9,6 +9,7 @@ import torch
 from transformers import SchedulerType, TrainingArguments
 from transformers.hf_argparser import HfArg
 from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.deepspeed import is_deepspeed_available
 
 from .checks import SettingsError, option, require_at_least
 
@@ -101,6 +102,9 @@ class TrainingSettings(TrainingArguments):
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         self._checkpoint_activations()
         self._name_repo()
+        # Checked first, because a failing TrainingArguments leaves a broken DeepSpeed configuration in the process.
+        if self.deepspeed and not is_deepspeed_available():
+            raise SettingsError(f"--deepspeed {self.deepspeed}: not installed: pip install deepspeed.")
         super().__post_init__()  # initialises the process group
         self._check_processes()
         if self.fp16 and self.device.type == "cpu":

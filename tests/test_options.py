@@ -52,7 +52,7 @@ def refusal(arguments: list[str], capsys) -> str:
         (["--bf16", "--fp16"], "not both"),
         (["--fp16", "--use-cpu"], "--fp16: CPUs cannot train in it; use --bf16."),
         (["--report-to", "comet_ml"], "--report-to comet_ml: not installed, or unknown to transformers"),
-        (["--deepspeed", "none.json"], "deepspeed"),
+        (["--deepspeed", "none.json"], "--deepspeed none.json: not installed: pip install deepspeed"),
         (["--push-to-hub"], "expected USER/NAME"),
         (["--stepz", "3"], "unrecognized arguments: --stepz 3"),
         (["--step", "3"], "unrecognized arguments: --step 3"),
