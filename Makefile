@@ -4,6 +4,7 @@ ADAPTER ?=
 PYTEST ?=
 
 BIN := .venv/newest/bin
+ROWS := newest floor latest
 
 .PHONY: app demo test test-all quality style bench notebook clean
 
@@ -20,12 +21,13 @@ test: quality test-newest
 
 # The same, and the tests with the oldest supported versions and, less the slow ones, with the latest of all.
 test-all: quality
-	$(MAKE) --jobs=3 --output-sync=target test-newest test-floor test-latest
+	$(MAKE) --jobs=3 $(ROWS:%=.venv/%/installed)
+	$(MAKE) $(ROWS:%=test-%)
 
 test-latest: PYTEST += -m "not slow"
 
 test-%: .venv/%/installed
-	.venv/$*/bin/pytest $(PYTEST)
+	.venv/$*/bin/pytest --numprocesses=auto --dist=worksteal $(PYTEST)
 
 quality: .venv/newest/installed
 	$(BIN)/ruff check

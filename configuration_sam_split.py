@@ -232,9 +232,7 @@ def check_types(settings: Any, stock_class: type[PreTrainedConfig]) -> None:
         if type(value) not in types or any(type(item) is not int for item in items):
             expected = "of int" if list in types else f"of type {types[0].__name__}"
             raise ValueError(f"{name}={value!r:.40} should be {'a list ' if list in types else ''}{expected}.")
-        if type(value) in (int, float) and value < (
-            name in ("hidden_size", "num_attention_heads", "image_size", "patch_size")
-        ):
+        if type(value) in (int, float) and value < (1 if name in POSITIVE else 0):
             raise ValueError(f"{name}={value!r} is too small.")
 
 

@@ -200,11 +200,13 @@ def test_what_has_no_exact_form_is_refused(settings, problem, load, stock_dir, t
     assert not (tmp_path / "out").exists()
 
 
-def rewrite(path: Path, config: dict | None = None, rename=lambda name: name, value=lambda tensor: tensor) -> None:
+def rewrite(
+    path: Path, config: dict | None = None, rename: tuple[str, str] = ("", ""), value=lambda tensor: tensor
+) -> None:
     settings, weights = stored(path)
     (path / "adapter_config.json").write_text(json.dumps({**settings, **(config or {})}))
     adapters.save_file(
-        {rename(name): value(tensor) for name, tensor in weights.items()}, path / "adapter_model.safetensors"
+        {name.replace(*rename): value(tensor) for name, tensor in weights.items()}, path / "adapter_model.safetensors"
     )
 
 
@@ -220,11 +222,8 @@ def rewrite(path: Path, config: dict | None = None, rename=lambda name: name, va
             {"config": {"target_modules": ["q", "k", "v"]}},
             r"lacks .*layers\.0\.attn\.k",
         ),
-        ({"rename": lambda name: name.replace("2.attn.v", "2.attn.qkv")}, "got one of q, qkv, v"),
-        (
-            {"rename": lambda name: name.replace("layers.2", "layers.7")},
-            r"lacks .*encoder\.layers\.2",
-        ),
+        ({"rename": ("2.attn.v", "2.attn.qkv")}, "got one of q, qkv, v"),
+        ({"rename": ("layers.2", "layers.7")}, r"lacks .*encoder\.layers\.2"),
     ],
     ids=str,
 )

@@ -186,6 +186,7 @@ def test_uploads_need_a_licence_and_a_base_that_others_have(hub, tmp_path: Path)
     assert described(str(bare), bare, Licence("mit")).licence.problem is None
 
 
+@pytest.mark.slow
 def test_changes_on_the_way_are_found(hub, tmp_path: Path) -> None:
     untrained_adapter(tmp_path / "adapter", str(SAM_TINY))
     settings = SimpleNamespace(hub_model_id="user/changed", hub_token=None, hub_private_repo=None, hub_revision=None)

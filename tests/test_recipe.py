@@ -140,6 +140,7 @@ def test_exported_stock_sam_gives_the_same_masks(whole_run):
         assert_same_outputs(AutoModel.from_pretrained(output / "merged", trust_remote_code=True)(**inputs), adapted)
 
 
+@pytest.mark.slow
 def test_resumed_equals_uninterrupted(whole_run, tmp_path, capsys):
     output, expected, arguments = whole_run
     shutil.copytree(output, tmp_path / "again")
@@ -243,6 +244,7 @@ def test_one_run_at_a_time_writes_to_a_folder(photos, tmp_path):
     assert not any(output.iterdir())
 
 
+@pytest.mark.slow
 def test_weights_worse_than_the_base_are_not_passed_off_as_better(photos, tmp_path, capsys):
     arguments = [*photos, *SMALL_RUN, "--learning-rate", "5", "--warmup-steps", "0", "--eval-every", "1"]
     metrics = run(tmp_path / "run", *arguments, "--steps", "2", "--select", "automatic", "--grid", "4")
@@ -340,6 +342,7 @@ def test_other_ways_to_train(arguments, photos, tmp_path, capsys, caplog):
         assert "the same masks" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # huggingface_hub's own way of sending files
 def test_uploads_the_adapter_and_nothing_else(hub, photos, tmp_path):
     hub.add("user/sam", SAM_TINY)

@@ -337,6 +337,7 @@ class TestTiles:
         assert calls == [(128, 128, 3)] * 4
 
 
+@pytest.mark.slow
 def test_more_objects_than_16_bits_hold_are_written_as_tiff(tmp_path):
     segments = [Segment(i % 300, i // 300, np.ones((1, 1), bool), 1.0, 1.0) for i in range(66_000)]
     image = np.zeros((220, 300, 3), np.uint8)

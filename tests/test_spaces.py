@@ -135,6 +135,7 @@ def test_an_unknown_licence_stays_unknown(models, monkeypatch, answers, tmp_path
     assert "The model's card states no results." in text
 
 
+@pytest.mark.slow
 def test_a_dry_run_pushes_nothing_and_a_second_push_makes_no_commit(models, monkeypatch, answers, capsys):
     upload(monkeypatch, "--space", "user/click", "--base", "user/tiny", "--dry-run")
     assert "spaces/user/click" not in models.repos

@@ -150,6 +150,7 @@ def test_no_space(error, base_dir: Path, run_upload, monkeypatch: pytest.MonkeyP
 # --- pushing
 
 
+@pytest.mark.slow
 def test_push_again(hub: Hub, push, verified: list, split_dir: Path) -> None:
     push()
     repo = hub.repos["user/sam"]
@@ -203,6 +204,7 @@ def test_dry_run(hub: Hub, push, verified: list, monkeypatch: pytest.MonkeyPatch
     assert not hub.requests
 
 
+@pytest.mark.slow
 def test_branch_and_pull_request(hub: Hub, push, verified: list, monkeypatch: pytest.MonkeyPatch) -> None:
     push("--revision", "next")
     repo = hub.repos["user/sam"]
