@@ -23,7 +23,8 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import nn
 
-from .trainer_checkpoints import check_finite, listing
+from .staging import listing
+from .trainer_checkpoints import check_finite
 
 
 PROJECTIONS = ("q", "k", "v")

@@ -18,8 +18,8 @@ from .loading import as_split, load, model_type, processor_for
 from .outputs import mark_archive, staged, staged_file
 from .plain_settings import keep_known_settings, read_processor
 from .sources import fetch
-from .staging import split_class
-from .trainer_checkpoints import check_finite, listing, name_of
+from .staging import listing, name_of, split_class
+from .trainer_checkpoints import check_finite
 from .verification import Weights, compare_weights, split_weights, stock_model
 
 

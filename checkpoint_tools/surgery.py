@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, SamModel
 from . import meta_layout
 from .adapters import PREFIX, PROJECTIONS, Adapter, Factors, assemble
 from .meta_layout import hint
-from .trainer_checkpoints import listing
+from .staging import listing
 
 
 FROZEN = ("vision_encoder.", "shared_image_embedding.")  # in LoRA of the encoder

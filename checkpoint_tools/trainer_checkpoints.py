@@ -2,15 +2,16 @@
 
 import dataclasses
 import re
-import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+
+from . import inert_pickles
+from .staging import listing, name_of
 
 
 # Where trainers put the state dict; the last two are DeepSpeed's and plain loops'.
@@ -18,15 +19,6 @@ WRAPPERS = ("model", "state_dict", "model_state", "model_state_dict", "module", 
 # Modules around SAM: (Distributed)DataParallel, Lightning, micro-sam, MedSAM's derivatives, torch.compile.
 PREFIX = re.compile(r"(?:(?:module|model|sam|net|sam_model|_orig_mod)\.)+")
 NORMALIZATION = ("pixel_mean", "pixel_std")  # buffers of Meta's Sam, which Meta's own code does not save
-
-# Metrics and histories, which are plain data, under their names of numpy 1 and 2.
-_SCALAR, _ARRAY = (value.__reduce__()[0] for value in (np.float64(0), np.zeros(1)))
-NUMPY_DATA: list[Any] = [
-    *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
-    *((_ARRAY, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
-    *(np.dtype, np.ndarray),
-    *(type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["Float"] + "?"),
-]
 
 
 @dataclasses.dataclass
@@ -48,14 +40,20 @@ def read(file: Path) -> TrainerCheckpoint:
     """Reads a `.safetensors` file, or a file of `torch.save` without running code of it.
 
     Raises:
-        ValueError: If the file is damaged, holds other objects than data, no state dict or more than one, or weights
-            that are not finite floating-point numbers.
+        ValueError: If the file is damaged, holds no state dict or more than one, or weights that are not finite
+            floating-point numbers.
     """
-    content = unpacked(file)
+    content, foreign = unpacked(file)
+    if inert_pickles.is_inert(content):
+        raise ValueError(
+            f"{file} holds an object of {listing(foreign)}, which is code: save the model's state_dict() instead."
+        )
     state_dict, wrapper, beside = unwrapped(content, file)
     notes = [f"The weights are those under {wrapper!r}."] if wrapper else []
     if beside:
         notes.append(f"Left out, because a SAM has no place for it: {', '.join(map(str, beside))}.")
+    if foreign := [name for name in foreign if not name.startswith("numpy.")]:  # metrics, which hide the others
+        notes.append(f"Not read, because that could run code: objects of {listing(foreign)}.")
     weights, prefixes = without_prefixes(state_dict, file)
     if prefixes:
         notes.append(f"Prefixes were removed from the names: {listing(map(repr, prefixes))}.")
@@ -73,46 +71,20 @@ def read(file: Path) -> TrainerCheckpoint:
     return TrainerCheckpoint(weights, notes, normalization=(normalization[0], normalization[1]))
 
 
-def unpacked(file: Path) -> Any:
-    """Returns what `file` holds.
+def unpacked(file: Path) -> tuple[Any, list[str]]:
+    """Returns what `file` holds, and the names of the classes and functions in it that were not run.
 
     Raises:
-        ValueError: If it is damaged, or holds objects whose loading could run code.
+        ValueError: If it is damaged, or cannot be read without running code of it.
     """
     with file.open("rb"):  # a file that cannot be opened is an OSError
         pass
-    if file.suffix == ".safetensors":
-        try:
-            return load_file(file)
-        except SafetensorError as error:
-            raise ValueError(f"{file} is damaged, or no safetensors file: {error}.") from error
+    if file.suffix != ".safetensors":
+        return inert_pickles.load(file)
     try:
-        with torch.serialization.safe_globals(NUMPY_DATA), warnings.catch_warnings(action="ignore"):
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # bytes that are no pickle raise nearly any
-        if "TorchScript" in str(error):
-            raise ValueError(
-                f"{file} is a TorchScript archive, which is code: save the model's state dict."
-            ) from error
-        if objects := foreign_objects(file, str(error)):
-            raise ValueError(
-                f"{file} holds more than weights and numbers: objects of {', '.join(objects)}. They are not loaded, "
-                "because that could run code. If you trust the file, load it where it was written, with "
-                "weights_only=False, and save the weights in it alone with torch.save."
-            ) from error
-        raise ValueError(f"{file} is damaged, or was not written by torch.save.") from error
-
-
-def foreign_objects(file: Path, message: str) -> list[str]:
-    """Returns the classes and functions that torch refuses to load from `file`, by name."""
-    try:
-        with torch.serialization.safe_globals(NUMPY_DATA):
-            names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-    except Exception:  # the old format, or damage
-        names = re.findall(r"GLOBAL (\S+) was not an allowed global", message)
-    allowed = {name for entry in NUMPY_DATA if isinstance(entry, tuple) for name in entry[1:]}
-    names = [name for name in {*names} - allowed if re.fullmatch(r"\w[\w.]*\.\w+", name)]  # damage makes others
-    return sorted(name for name in names if not name.startswith("numpy."))
+        return load_file(file), []
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged, or no safetensors file: {error}.") from error
 
 
 def unwrapped(content: Any, file: Path) -> tuple[Mapping[str, torch.Tensor], str, list[Any]]:
@@ -132,11 +104,13 @@ def unwrapped(content: Any, file: Path) -> tuple[Mapping[str, torch.Tensor], str
         state_dict, inner, beside = unwrapped(content[wrapped[0]], file)
         name = f"{wrapped[0]}.{inner}" if inner else wrapped[0]
         return state_dict, name, [key for key in content if key != wrapped[0]] + beside
-    foreign = [key for key, value in content.items() if not isinstance(key, str) or not torch.is_tensor(value)]
+    foreign = {key: value for key, value in content.items() if not isinstance(key, str) or not torch.is_tensor(value)}
     if foreign or not content:
+        objects = any(map(inert_pickles.is_inert, foreign.values()))
+        advice = " Objects are code, and are not read: save the model's state_dict() instead." if objects else ""
         raise ValueError(
             f"{file} does not contain a state dict of a segment_anything model: expected tensors by name, directly or "
-            f"under one of {', '.join(WRAPPERS)}, got {listing(map(repr, foreign)) or 'nothing'}."
+            f"under one of {', '.join(WRAPPERS)}, got {listing(map(repr, foreign)) or 'nothing'}.{advice}"
         )
     return content, "", []
 
@@ -179,15 +153,3 @@ def check_finite(
         raise ValueError(f"{source}: expected floating-point weights, got other dtypes in {listing(integers)}.")
     if broken := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
         raise ValueError(f"{source} holds NaN or infinity in {listing(broken)}: {advice}.")
-
-
-def listing(keys: Iterable[object], limit: int = 5) -> str:
-    """Returns the first of `keys`, and how many more there are."""
-    names = sorted(map(name_of, keys))
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
-
-
-def name_of(key: object) -> str:
-    """Returns the name of a dtype without its module, and anything else as it is."""
-    return str(key).removeprefix("torch.")

@@ -283,7 +283,7 @@ def test_runs_from_anywhere_and_fails_in_one_line(tmp_path):
     assert process.returncode == 1
     assert process.stdout == ""
     assert process.stderr.splitlines()[-1].startswith(f"convert.py: cannot convert {tmp_path}/sam.pth: ")
-    assert "objects of builtins.print. They are not loaded" in process.stderr
+    assert "got 'model'. Objects are code, and are not read" in process.stderr
     assert "Traceback" not in process.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["sam.pth"]
 

@@ -1,5 +1,6 @@
 """LoRA that SAMed and micro-sam build into Meta's SAM; the oracle is Meta's code with that LoRA by definition."""
 
+import argparse
 import copy
 import re
 import shutil
@@ -285,12 +286,14 @@ def test_micro_sam(kind, meta, base_config, tmp_path, convert):
             "best_metric": np.float64(0.25),
             "model_state": {f"sam.{name}": tensor for name, tensor in state_dict.items()},
             "decoder_state": {"out_conv.weight": torch.zeros(3)},
+            "init": {"train_dataset": argparse.Namespace(roi=slice(0, 3)), "loss": nn.Sequential(nn.ReLU())},
         },
         "best.pt",
     )
     output = convert(f"from-micro-sam best.pt out --decoder-heads {HEADS}")
     assert "Prefixes were removed from the names: 'sam.'." in output
-    assert "no place for it: iteration, best_metric, decoder_state" in output
+    assert "no place for it: iteration, best_metric, decoder_state, init" in output
+    assert "Not read, because that could run code: objects of argparse.Namespace, builtins.slice, torch.nn" in output
     adapted = assert_same(tmp_path / "out" / "base", tmp_path / "out" / "adapter", meta, base_config, plain)
     assert adapted.peft_config["default"].base_model_name_or_path == "out/base"
     merged = adapted.merge_and_unload()
