@@ -57,7 +57,7 @@ def load(file: Path) -> tuple[Any, list[str]]:
         ValueError: If it is damaged, or cannot be read in this way.
     """
     foreign = foreign_names(file)
-    stand_ins = [(inert_list if name == "collections.deque" else Inert, name) for name in foreign]
+    stand_ins: list[Any] = [(inert_list if name == "collections.deque" else Inert, name) for name in foreign]
     try:
         with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings(action="ignore"):
             return torch.load(file, map_location="cpu", weights_only=True), foreign
