@@ -5,21 +5,22 @@ python app.py --adapter build/finetune/adapter --images photos
 """
 
 import argparse
-import sys
-from importlib.util import find_spec
 from pathlib import Path
 
-from transformers.utils import logging
+from checkpoint_tools.packages import needs
 
-from checkpoint_tools.errors import one_line_errors
+
+with needs("app"):
+    from transformers.utils import logging
+
+    from checkpoint_tools.errors import one_line_errors
 
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_args(arguments)
-    if find_spec("gradio") is None:
-        sys.exit('app.py needs gradio: pip install ".[app]"')
-    from webapp.model import ModelSource  # only now, as they take some seconds and need gradio
-    from webapp.serving import serve
+    with needs("app"):  # only now, as it takes some seconds
+        from webapp.model import ModelSource
+        from webapp.serving import serve
 
     with one_line_errors(ValueError):
         serve(ModelSource(args.base, args.revision, args.adapter, args.adapter_revision), args.images, args.port)

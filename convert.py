@@ -8,12 +8,16 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from transformers.utils import logging
+from checkpoint_tools.packages import needs
 
-from checkpoint_tools.adapter_conversions import adapter_to_fused, adapter_to_split, from_micro_sam, from_samed
-from checkpoint_tools.conversions import from_meta, to_meta, to_sam, to_split
-from checkpoint_tools.errors import one_line_errors
-from checkpoint_tools.onnx_export import INTERFACES, to_onnx
+
+with needs("tools"):
+    from transformers.utils import logging
+
+    from checkpoint_tools.adapter_conversions import adapter_to_fused, adapter_to_split, from_micro_sam, from_samed
+    from checkpoint_tools.conversions import from_meta, to_meta, to_sam, to_split
+    from checkpoint_tools.errors import one_line_errors
+    from checkpoint_tools.onnx_export import INTERFACES, to_onnx
 
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -79,7 +83,7 @@ def main() -> None:
     arguments = vars(parse_args())
     function = arguments.pop("function")
     source = arguments.get("source", arguments.get("file"))
-    with one_line_errors(ValueError, RuntimeError, ImportError, prefix=f"convert.py: cannot convert {source}: "):
+    with one_line_errors(ValueError, RuntimeError, prefix=f"convert.py: cannot convert {source}: "):
         error = function(**arguments)
     written = arguments.get("destination", arguments.get("file"))
     difference = f"differ by {error:.1e} of the largest value" if error else "are equal"

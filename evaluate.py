@@ -9,11 +9,15 @@ Without --images, it evaluates on the half of the coins that finetune.py holds o
 import argparse
 from pathlib import Path
 
-from checkpoint_tools.errors import one_line_errors
-from finetuning.evaluation import EvaluationRequest, evaluate
-from finetuning.scoring import MODES
-from finetuning.segmentation_settings import add_arguments, changes_of
-from finetuning.settings import DataSettings
+from checkpoint_tools.packages import needs
+
+
+with needs("finetune"):
+    from checkpoint_tools.errors import one_line_errors
+    from finetuning.evaluation import EvaluationRequest, evaluate
+    from finetuning.scoring import MODES
+    from finetuning.segmentation_settings import add_arguments, changes_of
+    from finetuning.settings import DataSettings
 
 
 FILES = ("images", "masks", "coco", "image_pattern", "mask_pattern", "color_masks", "categories", "validation")
@@ -24,7 +28,7 @@ DATA = (*FILES, *DATASET, *PIXELS)
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_args(arguments)
-    with one_line_errors(ValueError, ImportError):
+    with one_line_errors(ValueError):
         given = {name: getattr(args, name) for name in DATA if getattr(args, name) is not None}
         changes = changes_of(args)
         changes["intensity"] = args.intensity and " ".join(args.intensity)

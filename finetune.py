@@ -11,18 +11,22 @@ run writes such a file, run.yaml, that repeats it.
 import sys
 import warnings
 
-from checkpoint_tools.errors import one_line_errors
-from checkpoint_tools.pushing import PushError
-from finetuning.model import ModelError
-from finetuning.options import parse
-from finetuning.recipe import finetune
-from finetuning.settings import Settings, SettingsError
-from finetuning.sources import DataError
+from checkpoint_tools.packages import needs
+
+
+with needs("finetune"):
+    from checkpoint_tools.errors import one_line_errors
+    from checkpoint_tools.pushing import PushError
+    from finetuning.model import ModelError
+    from finetuning.options import parse
+    from finetuning.recipe import finetune
+    from finetuning.settings import Settings, SettingsError
+    from finetuning.sources import DataError
 
 
 def main(arguments: list[str] | None = None) -> None:
     settings = parse_args(arguments)
-    with one_line_errors(DataError, ModelError, SettingsError, PushError, ImportError), warnings.catch_warnings():
+    with one_line_errors(DataError, ModelError, SettingsError, PushError), warnings.catch_warnings():
         # PEFT asks transformers by a name that 5.23 deprecates.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         finetune(settings)

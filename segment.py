@@ -8,17 +8,21 @@ python segment.py photos --coco boxes.json --adapter user/adapter
 import argparse
 from pathlib import Path
 
-from transformers.utils import is_torchvision_available
+from checkpoint_tools.packages import needs
 
-from checkpoint_tools.errors import one_line_errors
-from finetuning.segmentation import SegmentationRequest, segment_files
-from finetuning.segmentation_settings import add_arguments, changes_of
-from finetuning.segmenter import PromptedObject
+
+with needs("finetune"):
+    from transformers.utils import is_torchvision_available
+
+    from checkpoint_tools.errors import one_line_errors
+    from finetuning.segmentation import SegmentationRequest, segment_files
+    from finetuning.segmentation_settings import add_arguments, changes_of
+    from finetuning.segmenter import PromptedObject
 
 
 def main(arguments: list[str] | None = None) -> None:
     request = parse_args(arguments)
-    with one_line_errors(ValueError, ImportError):
+    with one_line_errors(ValueError):
         segment_files(request)
 
 

@@ -7,17 +7,19 @@ python upload.py --space USER/NAME --base USER/MODEL                  # pushes t
 
 import argparse
 import re
-import sys
-from importlib.util import find_spec
 from pathlib import Path
 
-from transformers.utils import logging
+from checkpoint_tools.packages import needs
 
-from checkpoint_tools.base_cards import is_hub_id
-from checkpoint_tools.errors import one_line_errors
-from checkpoint_tools.licences import OTHER, UNKNOWN, Licence
-from checkpoint_tools.pushing import Destination
-from checkpoint_tools.uploading import upload
+
+with needs("tools"):
+    from transformers.utils import logging
+
+    from checkpoint_tools.base_cards import is_hub_id
+    from checkpoint_tools.errors import one_line_errors
+    from checkpoint_tools.licences import OTHER, UNKNOWN, Licence
+    from checkpoint_tools.pushing import Destination
+    from checkpoint_tools.uploading import upload
 
 
 DEFAULT_BASE = "facebook/sam-vit-base"
@@ -53,9 +55,8 @@ def main() -> None:
 
 
 def push_space(args: argparse.Namespace) -> None:
-    if find_spec("gradio") is None:
-        sys.exit('--space needs gradio: pip install ".[tools,app]"')
-    from checkpoint_tools.spaces import upload_space  # only now, as it needs gradio
+    with needs("tools,app"):  # only now, as nothing else needs gradio
+        from checkpoint_tools.spaces import upload_space
 
     message = args.commit_message or "Update the page"
     upload_space(

@@ -6,14 +6,18 @@ python verify.py USER/NAME --base facebook/sam-vit-base [--revision COMMIT]
 import argparse
 import json
 
-from checkpoint_tools.errors import one_line_errors
-from checkpoint_tools.sources import fetch
-from checkpoint_tools.verification import verify
+from checkpoint_tools.packages import needs
+
+
+with needs("tools"):
+    from checkpoint_tools.errors import one_line_errors
+    from checkpoint_tools.sources import fetch
+    from checkpoint_tools.verification import verify
 
 
 def main() -> None:
     args = parse_args()
-    with one_line_errors(ValueError, RuntimeError, ImportError, prefix="Verification failed: "):
+    with one_line_errors(ValueError, RuntimeError, prefix="Verification failed: "):
         base = fetch(args.base, args.base_revision)
         print(json.dumps(verify(args.repo, base, args.revision), indent=2))
 

@@ -15,7 +15,7 @@ from .staging import one_line
 
 
 # What the user or the machine lacks.
-EXPECTED: tuple[type[Exception], ...] = (OSError, HTTPError, SafetensorError, pickle.UnpicklingError)
+EXPECTED: tuple[type[Exception], ...] = (OSError, ImportError, HTTPError, SafetensorError, pickle.UnpicklingError)
 REMEDIES = {
     errno.ENOSPC: "choose another with the output's name, TMPDIR or HF_HOME, and run again",
     errno.EDQUOT: "free some space, or choose another disk, and run again",
@@ -33,7 +33,7 @@ def one_line_errors(*expected: type[Exception], prefix: str = "", interrupted: s
     """Ends the process with one line if the block raises what the user or the machine is the cause of.
 
     Args:
-        expected: Errors beside those of files and of the Hub.
+        expected: Errors beside those of files, of the Hub and of packages.
         prefix: What the line begins with.
         interrupted: The line for Ctrl-C.
     """

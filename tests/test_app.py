@@ -305,12 +305,6 @@ def test_what_the_page_cannot_be_made_of_is_said_in_one_line(tmp_path, capsys, a
     assert "Traceback" not in said
 
 
-def test_without_gradio_the_command_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(app, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match=r'pip install "\.\[app\]"'):
-        app.main([])
-
-
 def test_on_zero_gpu_the_model_runs_in_marked_functions_and_their_results_are_on_the_cpu(monkeypatch, model):
     """With a stand-in for the package `spaces`, which sends arguments and results to another process."""
     calls = []
