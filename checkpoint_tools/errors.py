@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from huggingface_hub.errors import HTTPError
 from safetensors import SafetensorError
 
+from .packages import remedy
 from .staging import one_line
 
 
@@ -57,6 +58,8 @@ def explained(error: BaseException) -> str:
         return f"{f'{file}: ' if file else ''}{reason}: {REMEDIES[number]}."
     if isinstance(error, OSError) and error.strerror and file:
         return f"{file}: {error.strerror}."
+    if isinstance(error, ImportError) and error.name:
+        return f"This {remedy(error)}"
     return "\n".join(getattr(error, "lines", ())) or one_line(error) or type(error).__name__
 
 

@@ -19,7 +19,17 @@ def needs(group: str) -> Iterator[None]:
         package = (error.name or "").partition(".")[0]
         if (Path(__file__).resolve().parents[1] / package).is_dir():  # ours, or unknown
             raise
-        command = Path(sys.argv[0]).name
-        if isinstance(error, ModuleNotFoundError) and error.name == package:
-            sys.exit(f'{command} needs {package}, which is not installed: pip install ".[{group}]"')
-        sys.exit(f'{command} needs another version of {package} ({error}): pip install --upgrade ".[{group}]"')
+        sys.exit(f"{Path(sys.argv[0]).name} " + remedy(error, f'".[{group}]"'))
+
+
+def remedy(error: ImportError, install: str = "") -> str:
+    """Returns what is needed of the package that an error names, and how it is installed.
+
+    Args:
+        error: One that has a name.
+        install: What is to be installed; the package by default.
+    """
+    package = str(error.name).partition(".")[0]
+    if isinstance(error, ModuleNotFoundError) and error.name == package:
+        return f"needs {package}, which is not installed: pip install {install or package}"
+    return f"needs another version of {package} ({error}): pip install --upgrade {install or package}"

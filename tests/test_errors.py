@@ -41,6 +41,8 @@ PHOTO = str(ROOT / "docs" / "images" / "coins.png")
         (FileNotFoundError(errno.ENOENT, "No such file or directory", "in"), "in: No such file or directory."),
         (OSError("many\nlines"), "many lines"),
         (pickle.UnpicklingError(), "UnpicklingError"),
+        (ImportError("cannot import name", name="peft.utils"), "This needs another version of peft (cannot import"),
+        (ModuleNotFoundError("No module", name="onnx"), "This needs onnx, which is not installed: pip install onnx"),
     ],
 )
 def test_one_line_says_what_to_do(error: Exception, line: str) -> None:
