@@ -36,6 +36,10 @@ def parse_args() -> argparse.Namespace:
         command.add_argument("--force", action="store_true", help="replace an earlier output of the same kind")
         return command
 
+    def add_base_model(command: argparse.ArgumentParser, kind: str = "split") -> None:
+        summary = f"Hub id that the new adapter is to name, of a {kind} model like its base"
+        command.add_argument("--base-model", metavar="USER/NAME", help=summary)
+
     model, adapter = (str, "folder or Hub id of a model"), (str, "folder or Hub id of a LoRA adapter")
     folder, file = (Path, "folder to write"), (Path, "a checkpoint in Meta's layout, such as sam_vit_b_01ec64.pth")
     command = add(to_sam, "split model to stock SamModel", source=model, destination=folder)
@@ -57,22 +61,25 @@ def parse_args() -> argparse.Namespace:
     command.add_argument("--adapter", help="folder or Hub id of a PEFT adapter, to be merged")
     command.add_argument("--dtype", choices=DTYPES[:2], default="float32", help="of the weights, not of the inputs")
     command.add_argument("--all-masks", action="store_true", help="of sam: return four masks, not the one to prefer")
-    for function, summary in (
-        (adapter_to_fused, "LoRA of q, k, v to LoRA of stock SAM's qkv"),
-        (adapter_to_split, "LoRA of stock SAM's qkv to LoRA of q, k, v"),
+    for function, summary, kind in (
+        (adapter_to_fused, "LoRA of q, k, v to LoRA of stock SAM's qkv", "stock"),
+        (adapter_to_split, "LoRA of stock SAM's qkv to LoRA of q, k, v", "split"),
     ):
         command = add(function, summary, source=adapter, destination=folder)
         command.add_argument("--base", help="the model it was trained on, split or stock, if the adapter names none")
+        add_base_model(command, kind)
     file = (Path, "what SAMed's save_lora_parameters() wrote")
     command = add(from_samed, "LoRA of SAMed or Sam_LoRA to LoRA of q, v", file=file, destination=folder)
     command.add_argument("--base", required=True, help="the model that training began with, split or stock")
     command.add_argument("--layers", nargs="+", type=int, metavar="N", help="the adapted blocks, if not all are")
     command.add_argument("--base-output", type=Path, metavar="FOLDER", help="write a base with the file's decoder")
     command.add_argument("--image-size", type=int, metavar="PIXELS", help="resize that base as SAMed does")
+    add_base_model(command)
     file = (Path, "a checkpoint of micro-sam, such as best.pt")
     command = add(from_micro_sam, "LoRA or FacT of micro-sam to LoRA, and its base", file=file, destination=folder)
     command.add_argument("--base", help="a model to use instead of the one in FILE")
     command.add_argument("--decoder-heads", type=int, help="of the decoder, if not Meta's 8")
+    add_base_model(command)
     return parser.parse_args()
 
 

@@ -11,18 +11,23 @@ from . import adapters, meta_layout, micro_sam, samed, trainer_checkpoints
 from .comparison import example_outputs
 from .conversions import accepted, allowed_difference, compare_with_files, effect_of, load_checked, note
 from .loading import as_split, model_type, processor_for
+from .named_bases import SPLIT, STOCK, named_base
 from .outputs import staged
 from .surgery import Surgery
 
 
-def adapter_to_fused(source: str, destination: Path, base: str | None = None, force: bool = False) -> float:
+def adapter_to_fused(
+    source: str, destination: Path, base: str | None = None, base_model: str | None = None, force: bool = False
+) -> float:
     """Writes a LoRA of `q`, `k`, `v` as the same LoRA of stock SAM's fused `qkv`; returns as `to_sam` does."""
-    return convert_adapter(adapters.to_fused, source, destination, base, force)
+    return convert_adapter(adapters.to_fused, source, destination, base, base_model, force)
 
 
-def adapter_to_split(source: str, destination: Path, base: str | None = None, force: bool = False) -> float:
+def adapter_to_split(
+    source: str, destination: Path, base: str | None = None, base_model: str | None = None, force: bool = False
+) -> float:
     """Writes a LoRA of stock SAM's fused `qkv` as the same LoRA of `q`, `k`, `v`; returns as `to_sam` does."""
-    return convert_adapter(adapters.to_split, source, destination, base, force)
+    return convert_adapter(adapters.to_split, source, destination, base, base_model, force)
 
 
 def convert_adapter(
@@ -30,9 +35,13 @@ def convert_adapter(
     source: str,
     destination: Path,
     base: str | None,
+    base_model: str | None,
     force: bool,
 ) -> float:
-    """Applies `convert` to the adapter `source`, and compares both on `base` (by default the base it names)."""
+    """Applies `convert` to the adapter `source`, and compares both on `base` (by default the base it names).
+
+    The new adapter names `base_model`, or what it was converted on.
+    """
     with staged(destination, "adapter", force, sources=(source, base)) as folder:
         to_fused = convert is adapters.to_fused
         adapter = adapters.Adapter.load(source)
@@ -42,16 +51,19 @@ def convert_adapter(
         if not base:
             raise ValueError(f"{source} does not name the model it was trained on: give it with --base.")
         split, _ = load_checked(base, revision, complete=False)
+        commit = named_base(base_model, split, STOCK if to_fused else SPLIT) if base_model else None
         stock = split.to_sam()
         model, target = (split, stock) if to_fused else (stock, split)
         adapter.check_fits(adapter.part_of(model), base)
         adapted = adapters.with_adapter(adapter.part_of(model), source)
         expected, effect = effect_of(adapted, model, target)
         converted = convert(adapter, adapted, adapter.part_of(target))
-        if to_fused and model_type(base, revision) != SamConfig.model_type:
+        if base_model:
+            base, revision = base_model, commit
+        elif to_fused and model_type(base, revision) != SamConfig.model_type:
             converted.notes.append(
                 f"base_model_name_or_path is left out, because {base} is split. The new adapter fits its stock "
-                "version (convert.py to-sam)."
+                "version (convert.py to-sam). If that is on the Hub, name it with --base-model."
             )
             base = revision = None
         converted.config |= {"base_model_name_or_path": base, "revision": revision}
@@ -69,6 +81,7 @@ def from_samed(
     layers: Sequence[int] | None = None,
     base_output: Path | None = None,
     image_size: int | None = None,
+    base_model: str | None = None,
     force: bool = False,
 ) -> float:
     """Writes a LoRA file of SAMed as an adapter of `q` and `v`, with the decoder where the file holds it.
@@ -81,6 +94,7 @@ def from_samed(
         base_output: A folder for another base with the decoder of the file, for any number of classes. The adapter is
             then one of that model.
         image_size: Side of the training images, if SAMed resized the base for them; needs `base_output`.
+        base_model: The Hub id that the adapter is to name, of a split model like its base.
         force: Whether earlier outputs are replaced.
 
     Returns:
@@ -102,7 +116,7 @@ def from_samed(
         base = base if base_output is None else str(base_output)
         where = f"as in {base_output}" if base_output else "unless your base has them already"
         note(f"SAMed trains on images of 0 to 1: use a processor with image_mean=0 and image_std=1, {where}.")
-        return write_adapter(surgery, split, base, folder)
+        return write_adapter(surgery, split, base, folder, base_model)
 
 
 def from_micro_sam(
@@ -110,6 +124,7 @@ def from_micro_sam(
     destination: Path,
     base: str | None = None,
     decoder_heads: int | None = None,
+    base_model: str | None = None,
     force: bool = False,
 ) -> float:
     """Writes a LoRA or FacT checkpoint of micro-sam as an adapter, and the model that it is for.
@@ -119,6 +134,7 @@ def from_micro_sam(
         destination: The folder to write: the adapter to `adapter`, and the base in the file to `base`.
         base: A model to use instead of the one in the file; weights of the decoder that differ go to the adapter.
         decoder_heads: Attention heads of the decoder, if it is not Meta's.
+        base_model: The Hub id that the adapter is to name, of a split model like its base.
         force: Whether an earlier output is replaced.
 
     Returns:
@@ -132,7 +148,7 @@ def from_micro_sam(
         else:
             split, _ = load_checked(base)
         (folder / "adapter").mkdir()
-        return write_adapter(surgery, split, base or str(destination / "base"), folder / "adapter")
+        return write_adapter(surgery, split, base or str(destination / "base"), folder / "adapter", base_model)
 
 
 def read_checkpoint(file: Path) -> trainer_checkpoints.TrainerCheckpoint:
@@ -150,9 +166,14 @@ def write_base(model: SamModel, folder: Path) -> PreTrainedModel:
     return load_checked(str(folder))[0]
 
 
-def write_adapter(surgery: Surgery, split: PreTrainedModel, base: str, folder: Path) -> float:
+def write_adapter(
+    surgery: Surgery, split: PreTrainedModel, base: str, folder: Path, base_model: str | None = None
+) -> float:
     """Writes an adapter of `split`, and compares it with stock SAM to which the update was added by definition."""
-    surgery.adapter(split, base).save(folder)
+    adapter = surgery.adapter(split, base)
+    if base_model:
+        adapter.config |= {"base_model_name_or_path": base_model, "revision": named_base(base_model, split)}
+    adapter.save(folder)
     plain, defined = split.to_sam(), surgery.applied(split)
     expected, effect = effect_of(defined, defined, plain)
     adapters.with_adapter(split, folder).to(defined.dtype)

@@ -60,10 +60,11 @@ def is_stock(base: Base) -> bool:
 
 def card(settings: ModelSettings, base: Base, metrics: dict[str, Any], kind: Kind, repo_id: str | None) -> ModelCard:
     """Returns the card of a trained adapter or model, that is to be in `repo_id`, or is in a folder."""
+    revision = None if settings.base_model else settings.revision
     lines = [
         f"---\n{card_data(base, metrics, kind).to_yaml()}\n---",
         f"# {base.title}, fine-tuned",
-        f"{TITLES[kind]} `{base.title}`{f', revision `{settings.revision}`' if settings.revision else ''}. "
+        f"{TITLES[kind]} `{base.title}`{f', revision `{revision}`' if revision else ''}. "
         f"Data: {metrics['data']}, {metrics['objects']['train']} training objects, "
         f"{metrics['objects']['validation']} validation objects.",
         "## How to load it",

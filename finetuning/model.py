@@ -86,7 +86,7 @@ def make_trainable(
 ) -> PreTrainedModel | PeftModel:
     """Freezes everything except what `settings` train. Returns `model`, wrapped in a `PeftModel` for LoRA.
 
-    The adapter names the base, by its absolute path or its Hub id, and there its `commit`.
+    The adapter names the base, by its absolute path or its Hub id (or `base_model`), and there its `commit`.
 
     Raises:
         ModelError: If it has no such layers.
@@ -95,7 +95,9 @@ def make_trainable(
         model = get_peft_model(model, lora_config(model, settings))
         config = model.peft_config["default"]
         config.revision = commit or settings.revision
-        if Path(settings.base).is_dir():
+        if settings.base_model:
+            config.base_model_name_or_path = settings.base_model
+        elif Path(settings.base).is_dir():
             config.base_model_name_or_path = str(Path(settings.base).resolve())
         return model
     model.requires_grad_(False)

@@ -11,7 +11,9 @@ from peft import PeftModel
 from transformers import set_seed
 
 from checkpoint_tools.bases import Base, described
+from checkpoint_tools.conversions import load_checked
 from checkpoint_tools.licences import Licence
+from checkpoint_tools.named_bases import named_base
 from checkpoint_tools.pushing import check_destination
 from checkpoint_tools.sources import fetch
 
@@ -111,25 +113,29 @@ def train(trainer: PromptTrainer, checkpoint: str | None) -> dict[str, Any]:
 
 
 def base_of(settings: Settings) -> Base:
-    """Returns what is known of the base, and of the licence of its weights.
+    """Returns what is known of the base, or of the same model as `--base-model` names it, and of its licence.
 
     Raises:
-        SettingsError: If that is not enough for the upload that is asked for.
+        SettingsError: If they are not the same, or if that is not enough for the upload that is asked for.
     """
     model, output = settings.model, settings.output
     licence = Licence(output.license, output.license_name, output.license_link)
     try:
-        base = described(model.base, fetch(model.base, model.revision, weights=False), licence)
-    except ValueError as error:
+        if model.base_model:
+            commit = named_base(model.base_model, load_checked(model.base, model.revision)[0])
+            base = described(model.base_model, fetch(model.base_model, commit, weights=False), licence)
+        else:
+            base = described(model.base, fetch(model.base, model.revision, weights=False), licence)
+    except (ValueError, RuntimeError) as error:
         raise SettingsError(str(error)) from error
     if not settings.training.hub_model_id:
         return base
     if base.licence.problem:
-        raise SettingsError(f"--push-to-hub: {model.base}: {base.licence.problem}.")
+        raise SettingsError(f"--push-to-hub: {base.name}: {base.licence.problem}.")
     if base.is_folder and model.method == "lora":
         raise SettingsError(
             f"--push-to-hub: the adapter would name the folder {model.base}, which others do not have: upload the "
-            "base with upload.py, and give its Hub id as --base."
+            "base with upload.py, and give its Hub id as --base-model."
         )
     return base
 

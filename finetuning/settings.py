@@ -135,6 +135,9 @@ class ModelSettings:
 
     base: str = HfArg(default=str(SAM_TINY), help="folder or Hub id of a SAM v1, stock or split")
     revision: str | None = HfArg(default=None, help="of the base, on the Hub")
+    base_model: str | None = HfArg(
+        default=None, help="Hub id that the adapter and its card are to name, of a split model like the base"
+    )
     image_size: int | None = HfArg(
         default=None, help="side to which images are scaled (192 for sam-tiny, else the base's own)"
     )
