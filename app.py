@@ -14,6 +14,7 @@ with needs("app"):
     from transformers.utils import logging
 
     from checkpoint_tools.errors import one_line_errors
+    from checkpoint_tools.quiet import quiet
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -22,7 +23,7 @@ def main(arguments: list[str] | None = None) -> None:
         from webapp.model import ModelSource
         from webapp.serving import serve
 
-    with one_line_errors(ValueError):
+    with quiet(), one_line_errors(ValueError):
         serve(ModelSource(args.base, args.revision, args.adapter, args.adapter_revision), args.images, args.port)
 
 
@@ -42,5 +43,4 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 if __name__ == "__main__":
     logging.disable_progress_bar()
-    logging.set_verbosity_error()
     main()

@@ -18,6 +18,7 @@ with needs("tools"):
     from checkpoint_tools.conversions import from_meta, to_meta, to_sam, to_split
     from checkpoint_tools.errors import one_line_errors
     from checkpoint_tools.onnx_export import INTERFACES, to_onnx
+    from checkpoint_tools.quiet import quiet
 
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -86,11 +87,10 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Runs one command."""
     logging.disable_progress_bar()
-    logging.set_verbosity_error()
     arguments = vars(parse_args())
     function = arguments.pop("function")
     source = arguments.get("source", arguments.get("file"))
-    with one_line_errors(ValueError, RuntimeError, prefix=f"convert.py: cannot convert {source}: "):
+    with quiet(), one_line_errors(ValueError, RuntimeError, prefix=f"convert.py: cannot convert {source}: "):
         error = function(**arguments)
     written = arguments.get("destination", arguments.get("file"))
     difference = f"differ by {error:.1e} of the largest value" if error else "are equal"

@@ -10,20 +10,18 @@ from checkpoint_tools.packages import needs
 
 
 with needs("finetune"):
-    import huggingface_hub
-
     import finetune
     from checkpoint_tools.conversions import to_split
     from checkpoint_tools.errors import one_line_errors
+    from checkpoint_tools.quiet import quiet
     from checkpoint_tools.staging import SAM_TINY
     from finetuning.model import load_base
 
 
 def main() -> None:
     args = parse_args()
-    huggingface_hub.logging.set_verbosity_error()  # else it logs every retry without a network
     repo = args.output / "sam-split"
-    with one_line_errors(ValueError, RuntimeError):
+    with quiet(), one_line_errors(ValueError, RuntimeError):
         load_base(args.base)  # before anything is written, what fine-tuning needs is looked for, such as a processor
         error = to_split(args.base, repo, force=True)
     print(f"Wrote a model repo from {args.base} to {repo}.")

@@ -14,6 +14,7 @@ from checkpoint_tools.packages import needs
 
 with needs("finetune"):
     from checkpoint_tools.errors import one_line_errors
+    from checkpoint_tools.quiet import quiet
     from finetuning.evaluation import EvaluationRequest, evaluate
     from finetuning.scoring import MODES
     from finetuning.segmentation_settings import add_arguments, changes_of
@@ -28,7 +29,7 @@ DATA = (*FILES, *DATASET, *PIXELS)
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_args(arguments)
-    with one_line_errors(ValueError):
+    with quiet(), one_line_errors(ValueError):
         given = {name: getattr(args, name) for name in DATA if getattr(args, name) is not None}
         changes = changes_of(args)
         changes["intensity"] = args.intensity and " ".join(args.intensity)

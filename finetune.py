@@ -9,7 +9,6 @@ run writes such a file, run.yaml, that repeats it.
 """
 
 import sys
-import warnings
 
 from checkpoint_tools.packages import needs
 
@@ -17,6 +16,7 @@ from checkpoint_tools.packages import needs
 with needs("finetune"):
     from checkpoint_tools.errors import one_line_errors
     from checkpoint_tools.pushing import PushError
+    from checkpoint_tools.quiet import quiet
     from finetuning.model import ModelError
     from finetuning.options import parse
     from finetuning.recipe import finetune
@@ -26,9 +26,7 @@ with needs("finetune"):
 
 def main(arguments: list[str] | None = None) -> None:
     settings = parse_args(arguments)
-    with one_line_errors(DataError, ModelError, SettingsError, PushError), warnings.catch_warnings():
-        # PEFT asks transformers by a name that 5.23 deprecates.
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    with quiet(), one_line_errors(DataError, ModelError, SettingsError, PushError):
         finetune(settings)
 
 

@@ -15,6 +15,7 @@ with needs("finetune"):
     from transformers.utils import is_torchvision_available
 
     from checkpoint_tools.errors import one_line_errors
+    from checkpoint_tools.quiet import quiet
     from finetuning.segmentation import SegmentationRequest, segment_files
     from finetuning.segmentation_settings import add_arguments, changes_of
     from finetuning.segmenter import PromptedObject
@@ -22,7 +23,7 @@ with needs("finetune"):
 
 def main(arguments: list[str] | None = None) -> None:
     request = parse_args(arguments)
-    with one_line_errors(ValueError):
+    with quiet(), one_line_errors(ValueError):
         segment_files(request)
 
 

@@ -19,6 +19,7 @@ with needs("tools"):
     from checkpoint_tools.errors import one_line_errors
     from checkpoint_tools.licences import OTHER, UNKNOWN, Licence
     from checkpoint_tools.pushing import Destination
+    from checkpoint_tools.quiet import quiet
     from checkpoint_tools.uploading import upload
 
 
@@ -29,7 +30,7 @@ INTERRUPTED = "Interrupted. Run the command again to continue: files already sen
 
 def main() -> None:
     args = parse_args()
-    with one_line_errors(ValueError, RuntimeError, interrupted=INTERRUPTED):
+    with quiet(), one_line_errors(ValueError, RuntimeError, interrupted=INTERRUPTED):
         if args.space:
             push_space(args)
             return
@@ -128,5 +129,4 @@ def parse_args() -> argparse.Namespace:
 
 if __name__ == "__main__":
     logging.disable_progress_bar()  # of loading and saving; uploads show theirs
-    logging.set_verbosity_error()  # errors report problems in one line
     main()

@@ -11,13 +11,14 @@ from checkpoint_tools.packages import needs
 
 with needs("tools"):
     from checkpoint_tools.errors import one_line_errors
+    from checkpoint_tools.quiet import quiet
     from checkpoint_tools.sources import fetch
     from checkpoint_tools.verification import verify
 
 
 def main() -> None:
     args = parse_args()
-    with one_line_errors(ValueError, RuntimeError, prefix="Verification failed: "):
+    with quiet(), one_line_errors(ValueError, RuntimeError, prefix="Verification failed: "):
         base = fetch(args.base, args.base_revision)
         print(json.dumps(verify(args.repo, base, args.revision), indent=2))
 

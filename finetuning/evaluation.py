@@ -6,7 +6,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 from transformers import SamProcessor
 
 from checkpoint_tools.outputs import require_replaceable, staged
@@ -90,7 +89,6 @@ def evaluate(request: EvaluationRequest) -> dict[str, dict[str, Any]]:
         ValueError: If data, model or settings do not fit; then nothing is written.
         FileExistsError: If the output folder is in use.
     """
-    huggingface_hub.logging.set_verbosity_error()  # otherwise it logs every retry when offline
     sources = [*request.data.paths, request.base, request.trained]
     require_replaceable(request.output, OUTPUT, request.force, sources)
     images, about_data = read_images(request)

@@ -41,7 +41,6 @@ def finetune(settings: Settings) -> None:
     training = settings.training
     is_main = training.process_index == 0
     say = print if is_main else lambda *_: None
-    huggingface_hub.logging.set_verbosity_error()  # otherwise it logs every retry when offline
     if training.hub_model_id:
         require_login(training.hub_token)
         check_destination(*destination_of(training))

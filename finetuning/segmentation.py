@@ -14,7 +14,7 @@ from checkpoint_tools.outputs import require_replaceable, staged
 from checkpoint_tools.staging import SAM_TINY
 
 from .automatic import AutomaticSegments
-from .decoding import DataError
+from .decoding import DataError, number_of
 from .images import IMAGE_SUFFIXES, MASK_SUFFIXES, read_image
 from .model import load_adapted, load_base
 from .predictor import Predictor
@@ -103,11 +103,12 @@ def segment_files(request: SegmentationRequest) -> None:
                 problems.append(str(error) if str(path) in str(error) else f"{path}: {error}")
                 continue
             pictures = [request.output / picture.relative_to(folder) for picture in write_pictures(result, folder)]
-            print(f"{path}: {annotations.add(result)} objects: {', '.join(map(str, pictures))}")
+            print(f"{path}: {number_of(annotations.add(result), 'object')}: {', '.join(map(str, pictures))}")
         if not annotations.images:
             raise DataError(problems)
         annotations.write(folder, with_table=request.table)
-    print(f"{len(annotations.annotations)} objects in {len(annotations.images)} images: {request.output}")
+    total = f"{number_of(len(annotations.annotations), 'object')} in {number_of(len(annotations.images), 'image')}"
+    print(f"{total}: {request.output}")
     if problems:
         raise DataError(problems)
 

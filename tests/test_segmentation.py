@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from transformers import AutoProcessor, SamModel, pipeline
 from transformers.utils import is_torchvision_available
+from transformers.utils.logging import get_verbosity
 
 import segment
 from checkpoint_tools.staging import SAM_TINY, split_class
@@ -189,6 +191,16 @@ class TestAdapters:
         config = LoraConfig(target_modules=["q", "v"], init_lora_weights=False, task_type="FEATURE_EXTRACTION")
         get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
         return tmp_path / "adapter"
+
+    def test_libraries_do_not_talk_to_users(self, adapter, coins, tmp_path, capsys, logged):
+        """Of torchvision that is missing, or of what PEFT will have to change; the log is as before afterwards."""
+        verbosity = get_verbosity()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            run(coins, "--point", "20", "20", "--adapter", adapter, "--output", tmp_path / "out")
+        assert (logged, [str(warning.message) for warning in caught]) == ([], [])
+        assert "1 object in 1 image: " in capsys.readouterr().out
+        assert get_verbosity() == verbosity
 
     def test_an_adapter_brings_its_base(self, adapter, coins, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
