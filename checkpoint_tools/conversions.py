@@ -14,13 +14,14 @@ from transformers import PreTrainedModel, SamConfig, SamModel
 from . import meta_layout, meta_model, trainer_checkpoints
 from .adapters import with_adapter
 from .comparison import Outputs, OutputsDifferError, compare, example_outputs, largest_relative_error
+from .errors import well_formed
 from .loading import as_split, load, model_type, processor_for
 from .outputs import mark_archive, staged, staged_file
 from .plain_settings import keep_known_settings, read_processor
 from .sources import fetch
 from .staging import listing, name_of, split_class
 from .trainer_checkpoints import check_finite
-from .verification import Weights, compare_weights, split_weights, stock_model
+from .verification import TIED, Weights, compare_weights, split_weights, stock_model
 
 
 TOLERANCE = 1e-4  # relative to the largest output: fp32 rounds differently in another order
@@ -64,7 +65,7 @@ def to_sam(
         check_finite(sam.to(target).state_dict(), f"In {name_of(target)}, the model", "give --dtype float32")
         sam.save_pretrained(folder)
         keep_known_settings(folder)
-        copy_processor(source, folder)
+        copy_processor(source, folder, sam.config)
         compare_with_files(sam, folder)
         written = example_outputs(SamModel.from_pretrained(folder, dtype=computed))
         if exact:
@@ -83,11 +84,12 @@ def to_split(source: str, destination: Path, force: bool = False) -> float:
     with staged(destination, "split model", force, sources=(source,)) as folder:
         if model_type(source) != SamConfig.model_type:
             raise ValueError(f"{source}: expected a stock SAM (model_type 'sam'), got {model_type(source)!r}.")
-        model = split_class().from_pretrained(source)
+        with well_formed(source):
+            model = split_class().from_pretrained(source)
         check_finite(model.state_dict(), source)
         model.save_pretrained(folder)
         keep_known_settings(folder)
-        copy_processor(source, folder)
+        copy_processor(source, folder, model.config)
         compare_weights(folder, fetch(source))
         return accepted(example_outputs(load(str(folder))[0].float()), example_outputs(stock_model(fetch(source))))
 
@@ -227,9 +229,15 @@ def compare_with_files(model: PreTrainedModel, folder: Path) -> None:
     """Compares each weight of a split or stock model with the files in `folder`, without the code that loads them.
 
     Raises:
-        ValueError: If the files lack a weight, or have another value for it.
+        ValueError: If the files lack a weight, have another value for it, or hold another one.
     """
-    compare_tensors(dict(split_weights(Weights(folder))), dict(split_weights(model.state_dict())), folder)
+    stored, expected = dict(split_weights(Weights(folder))), dict(split_weights(model.state_dict()))
+    compare_tensors(stored, expected, folder)
+    if unknown := stored.keys() - expected.keys():
+        raise ValueError(f"{folder} holds weights that SAM has no place for: {listing(unknown)}.")
+    tied = [stored[name] for name in TIED if name in stored]
+    if len(tied) > 1 and not torch.equal(*tied):
+        raise ValueError(f"{folder} has two values for what is one weight in SAM: {' and '.join(TIED)}.")
 
 
 def compare_tensors(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], source: Path) -> None:
@@ -301,12 +309,17 @@ def accepted(actual: Outputs, expected: Outputs, tolerance: float = TOLERANCE) -
         ) from error
 
 
-def copy_processor(source: str, folder: Path) -> None:
-    """Copies the processor of `source`, or notes that it has none."""
+def copy_processor(source: str, folder: Path, config: SamConfig) -> None:
+    """Copies the processor of `source`, and notes if it has none, or one that does not fit the model."""
     try:
-        read_processor(source).save_pretrained(folder)
+        processor = read_processor(source)
     except ValueError as error:
         note(f"{error} The result has none: add preprocessor_config.json to use it with AutoProcessor.")
+        return
+    processor.save_pretrained(folder)
+    side, expected = processor.image_processor.size.get("longest_edge"), config.vision_config.image_size
+    if side != expected:
+        note(f"The processor makes images of {side} pixels, and the model takes {expected}: correct its size.")
 
 
 def note(message: str) -> None:

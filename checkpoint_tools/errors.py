@@ -26,6 +26,9 @@ REMEDIES = {
     errno.EBUSY: "close what uses it, or choose another output",
 }
 NO_SPACE = "No space left on the disk"
+LONGEST = 1000  # characters of a line
+# What libraries raise for settings, or for a list of weights, of a wrong shape; to us they would be mistakes.
+MALFORMED = (AssertionError, AttributeError, IndexError, KeyError, TypeError, ZeroDivisionError)
 TORCH_COULD_NOT_WRITE = r"unexpected pos \d+ vs \d+|file write failed"
 
 
@@ -50,6 +53,20 @@ def one_line_errors(*expected: type[Exception], prefix: str = "", interrupted: s
         sys.exit(prefix + explained(error))
 
 
+@contextlib.contextmanager
+def well_formed(source: object) -> Iterator[None]:
+    """Names the checkpoint whose files a library cannot make sense of.
+
+    Raises:
+        ValueError: If it cannot.
+    """
+    try:
+        yield
+    except MALFORMED as error:
+        cause = f"{type(error).__name__}: {one_line(error):.200}"
+        raise ValueError(f"{source}: config.json or another JSON file there has a wrong value ({cause}).") from error
+
+
 def explained(error: BaseException) -> str:
     """Returns the message of an error, in one line or, if it has `lines`, in these; for the disk, with what to do."""
     number, file = error_number(error), getattr(error, "filename", None)
@@ -60,7 +77,12 @@ def explained(error: BaseException) -> str:
         return f"{file}: {error.strerror}."
     if isinstance(error, ImportError) and error.name:
         return f"This {remedy(error)}"
-    return "\n".join(getattr(error, "lines", ())) or one_line(error) or type(error).__name__
+    if isinstance(error, pickle.UnpicklingError):  # torch advises to run the code
+        return "The file of weights is damaged, or holds objects, which are code: save it anew as safetensors."
+    line = one_line(error) or type(error).__name__
+    if len(line) > LONGEST:
+        line = f"{line[: LONGEST - 300]} [...] {line[-300:]}"
+    return "\n".join(getattr(error, "lines", ())) or line
 
 
 def error_number(error: BaseException) -> int | None:

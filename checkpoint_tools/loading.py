@@ -7,6 +7,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from torch import nn
 from transformers import PreTrainedModel, SamConfig, SamModel, SamProcessor
 
+from .errors import well_formed
 from .staging import split_class
 
 
@@ -31,7 +32,8 @@ def load(source: str, revision: str | None = None, complete: bool = True) -> tup
         model_class = split_class("SamSplitVisionModel")
     else:
         raise ValueError(f"{source}: expected a complete SAM (model_type 'sam' or 'sam_split'), got {found!r}.")
-    model = model_class.from_pretrained(source, revision=revision).eval()
+    with well_formed(source):
+        model = model_class.from_pretrained(source, revision=revision).eval()
     dtype = model.dtype
     return model.to(torch.promote_types(dtype, torch.float32)), dtype
 
@@ -40,14 +42,18 @@ def model_type(source: str, revision: str | None = None) -> str | None:
     """Returns what the configuration of `source` says.
 
     Raises:
-        ValueError: If there is no such folder, and it is no id of the Hub either.
+        ValueError: If there is no such folder, and it is no id of the Hub either; or if it is quantized.
     """
     if not Path(source).is_dir():
         try:
             validate_repo_id(source)
         except HFValidationError as error:
             raise ValueError(f"{source}: there is no such folder, and an id of the Hub is USER/NAME.") from error
-    return SamConfig.get_config_dict(source, revision=revision)[0].get("model_type")
+    with well_formed(source):
+        settings = SamConfig.get_config_dict(source, revision=revision)[0]
+        if "quantization_config" in settings:
+            raise ValueError(f"{source} is quantized: expected the model in full precision.")
+        return settings.get("model_type")
 
 
 def as_split(stock: SamModel) -> PreTrainedModel:

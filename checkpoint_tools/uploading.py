@@ -14,6 +14,7 @@ from huggingface_hub import HfApi, get_token
 
 from .bases import Base, read_base
 from .cards import card_facts, model_card
+from .errors import well_formed
 from .licences import CODE_LICENCE, Licence
 from .outputs import staged
 from .plain_settings import copy_plain, keep_known_settings, read_json, read_processor
@@ -122,9 +123,10 @@ def stage(base: Path, folder: Path, max_shard_size: str, licence_files: tuple[st
         ValueError: If `base` is not a whole SAM.
     """
     # Shapes that do not fit are then reported with all else that is wrong.
-    model, loading_info = split_class().from_pretrained(
-        base, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
-    )
+    with well_formed(base.name):
+        model, loading_info = split_class().from_pretrained(
+            base, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
+        )
     if problems := [f"{problem}: {', '.join(map(str, keys))}" for problem, keys in loading_info.items() if keys]:
         raise ValueError(f"{base.name} is not a complete SAM v1 checkpoint: {'; '.join(problems)}.")
     model.save_pretrained(folder, max_shard_size=max_shard_size)

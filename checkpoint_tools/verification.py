@@ -1,7 +1,6 @@
 """Loads a split model as a stranger would, and compares its weights and its outputs with those of its base."""
 
 import ast
-import json
 import sys
 import zipfile
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -11,9 +10,10 @@ from typing import Any
 import torch
 from huggingface_hub import ModelCard
 from safetensors import safe_open
-from transformers import AutoModel, AutoProcessor, PreTrainedModel, SamConfig, SamModel
+from transformers import AutoModel, AutoProcessor, PreTrainedModel, SamConfig, SamModel, SamProcessor
 
 from .comparison import compare, processed_outputs
+from .errors import well_formed
 from .plain_settings import read_json, read_processor
 from .sources import fetch
 
@@ -32,9 +32,12 @@ def verify(repo: str, base: Path, revision: str | None = None) -> dict[str, Any]
     folder = fetch(repo, revision)
     check_settings(folder)
     check_code(folder)
-    model = AutoModel.from_pretrained(repo, revision=revision, trust_remote_code=True, dtype=torch.float32)
-    # From the folder of the commit, because transformers 5.0.0 looks for a processor on main, whatever the revision.
-    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+    with well_formed(repo):
+        model = AutoModel.from_pretrained(repo, revision=revision, trust_remote_code=True, dtype=torch.float32)
+        # From the commit's folder, because transformers 5.0.0 looks for a processor on main, whatever the revision.
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+    if not isinstance(processor, SamProcessor):
+        raise ValueError(f"its processor_config.json gives a {type(processor).__name__}, expected a SamProcessor.")
     figures = {
         "num_parameters": model.num_parameters(),
         "num_vision_parameters": model.vision_encoder.num_parameters(),
@@ -154,19 +157,23 @@ def weight_files(folder: Path) -> list[Path]:
         if single.is_file():
             return [single]
         if index.is_file():
-            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            return [folder / shard for shard in sorted(set(shards))]
+            shards = read_json(index).get("weight_map")
+            if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+                raise ValueError(f"{index} has no weight_map of files by the names of weights.")
+            return [folder / shard for shard in sorted(set(shards.values()))]
     raise ValueError(f"{folder.name} holds no weights: expected model.safetensors or pytorch_model.bin.")
 
 
 def check_settings(folder: Path) -> None:
-    """Checks that no settings name code of another repo, or code at all but in the `auto_map` of the configuration.
+    """Checks that no settings name code of another repo, or code at all but in `auto_map`, or quantize the model.
 
     Raises:
         ValueError: If they do.
     """
     for path in sorted(folder.glob("*.json")):
         for name, value in named_values(read_json(path)):
+            if name == "quantization_config":
+                raise ValueError(f"{path.name} has {name}: expected weights in full precision.")
             in_configuration = path.name == "config.json" and name == "auto_map"
             if name == "custom_pipelines" or (name == "auto_map" and not in_configuration):
                 raise ValueError(f"{path.name} has {name}, which makes users run other code: {value!r:.200}.")

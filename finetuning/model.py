@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from transformers import BitsAndBytesConfig, PreTrainedModel, SamProcessor
 
 from checkpoint_tools.adapters import with_adapter
+from checkpoint_tools.errors import well_formed
 from checkpoint_tools.loading import let_gradients_through_4bit
 from checkpoint_tools.plain_settings import read_processor
 from checkpoint_tools.sources import require_name
@@ -46,7 +47,8 @@ def load_base(
         options["image_size"] = image_size
     try:
         require_name(base)
-        model = split_class().from_pretrained(base, revision=revision, dtype=torch.float32, **options)
+        with well_formed(base):
+            model = split_class().from_pretrained(base, revision=revision, dtype=torch.float32, **options)
         let_gradients_through_4bit(model)
         sizes: dict[str, Any] = (
             {} if image_size is None else processor_sizes(image_size, 4 * model.prompt_encoder.image_embedding_size[0])
