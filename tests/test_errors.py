@@ -40,7 +40,7 @@ PHOTO = str(ROOT / "docs" / "images" / "coins.png")
         (OSError(errno.EBUSY, "Device or resource busy", "out"), "out: Device or resource busy: close what uses it"),
         (FileNotFoundError(errno.ENOENT, "No such file or directory", "in"), "in: No such file or directory."),
         (OSError("many\nlines"), "many lines"),
-        (pickle.UnpicklingError(), "UnpicklingError"),
+        (pickle.UnpicklingError("... set weights_only to False"), "The file of weights is damaged, or holds objects"),
         (ImportError("cannot import name", name="peft.utils"), "This needs another version of peft (cannot import"),
         (ModuleNotFoundError("No module", name="onnx"), "This needs onnx, which is not installed: pip install onnx"),
     ],

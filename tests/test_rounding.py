@@ -8,7 +8,7 @@ import torch
 from conftest import configure, randomize, rewrite, stock_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraModel
-from transformers import SamModel
+from transformers import SamConfig, SamModel
 
 from checkpoint_tools import adapters, conversions
 from checkpoint_tools.comparison import example_outputs, largest_relative_error
@@ -56,7 +56,7 @@ def test_what_is_written_is_what_was_rounded(dtype, tmp_path, refused, monkeypat
     """A change of the file is not taken for rounding."""
     write_adapter(base_in(dtype, tmp_path / "base"), tmp_path / "adapter", 0.03)
 
-    def tamper(source: str, folder: Path) -> None:
+    def tamper(source: str, folder: Path, config: SamConfig) -> None:
         rewrite(folder, lambda weights: weights["vision_encoder.neck.conv1.weight"].mul_(1.01))
 
     monkeypatch.setattr(conversions, "copy_processor", tamper)
