@@ -1,7 +1,7 @@
 """Pictures of masks and of the course of training."""
 
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import matplotlib
 
@@ -14,12 +14,12 @@ from .overlays import distinct_colours, draw_segments
 from .segments import segment_of
 
 
-def plot_masks(rows: list[dict[str, Any]], path: Path) -> None:
+def plot_masks(rows: list[dict[str, Any]], file: Path | IO[bytes]) -> None:
     """Saves a row of pictures for each image: its prompts, and its masks by name.
 
     Args:
         rows: `image` (H, W, 3), `points` (n, 2) and `boxes` (n, 4) to draw, and `masks` (objects, H, W) by title.
-        path: Where to save.
+        file: Where to save.
     """
     titles = list(rows[0]["masks"])
     figure, grid = plt.subplots(
@@ -37,7 +37,7 @@ def plot_masks(rows: list[dict[str, Any]], path: Path) -> None:
             for left, top, right, bottom in np.reshape(row["boxes"], (-1, 4)):
                 axis.add_patch(plt.Rectangle((left, top), right - left, bottom - top, fill=False, color="red"))
             axis.axis("off")
-    figure.savefig(path, dpi=100)
+    figure.savefig(file, dpi=100)
     plt.close(figure)
 
 

@@ -6,16 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from huggingface_hub import HfApi, get_token
-from torch.utils.data import default_collate
-from transformers import PreTrainedModel, SamModel, SamProcessor
+from transformers import SamModel, SamProcessor
 
 from checkpoint_tools.bases import Base
 from checkpoint_tools.comparison import relative_error
 from checkpoint_tools.licences import CODE_LICENCE
-from checkpoint_tools.masks import best_rated
 from checkpoint_tools.outputs import staged
 from checkpoint_tools.plain_settings import keep_known_settings
 from checkpoint_tools.pushing import FILES, Destination, check_destination
@@ -24,18 +20,15 @@ from checkpoint_tools.staging import ROOT
 
 from .cards import Kind, card, is_stock, worse_than_base
 from .model import load_base, trained
-from .overlaps import mask_of
 from .pictures import plot_curves, plot_masks
 from .predictor import Predictor
-from .prompts import OUTSIDE, ValidationSet
-from .rounds import POINT, Prompting, Rounds
+from .reporting import items_to_show, picture_row, predict
 from .samples import TrainValidationParts
 from .settings import Settings, TrainingSettings
 from .thresholds import labelled_images, sweep_thresholds
 from .training import PromptTrainer, segmentation_settings
 
 
-NUM_PICTURES = 3
 PATTERNS = (*FILES, "adapter_config.json", "adapter_model*.safetensors")  # of what is uploaded
 
 
@@ -72,7 +65,7 @@ def write_results(
         print(f"Its base, {made_of.title}, is a stock SAM: README.md beside the adapter says how to load it.")
 
     base, processor = load_base(settings.model.base, settings.model.revision, image_size=settings.model.image_size)
-    shown = np.unique(np.linspace(0, len(validation) - 1, NUM_PICTURES).astype(int)).tolist()
+    shown = items_to_show(validation)
     masks = {"before": [predict(base, validation, index, prompting)[0] for index in shown]}
     model = trained(base, weights).eval()
     if is_adapter:
@@ -150,35 +143,3 @@ def push(folder: Path, settings: TrainingSettings) -> None:
     hub, destination = destination_of(settings)
     commit = push_files(hub, destination, folder, check_destination(hub, destination), PATTERNS)
     print(f"Uploaded: {commit.repo_url}, commit {commit.oid}")
-
-
-@torch.no_grad()
-def predict(
-    model: PreTrainedModel, validation: ValidationSet, index: int, prompting: Prompting
-) -> tuple[np.ndarray, torch.Tensor]:
-    """Returns, per object, the best rated mask for its first prompt (objects, H, W), at image size, and all logits."""
-    batch = default_collate([validation[index]])
-    labels = batch.pop("labels")
-    first, _ = prompting.predict(model, batch, labels, Rounds(prompting.first))
-    prediction = first[prompting.first]
-    _, logits = best_rated(*prediction)  # (1, objects, mask_side, mask_side)
-    height, width = ((labels[0, 0] != OUTSIDE).any(axis).sum() for axis in (1, 0))
-    image, _ = validation.items[index][0].read()
-    masks = F.interpolate(logits[..., :height, :width], image.shape[:2], mode="bilinear")
-    return (masks[0] > 0).numpy(), prediction.pred_masks
-
-
-def picture_row(
-    validation: ValidationSet, index: int, prompting: Prompting, masks: dict[str, np.ndarray]
-) -> dict[str, Any]:
-    """Returns one item's row for `plot_masks`: first prompts, ground truth and `masks`."""
-    sample, ids = validation.items[index]
-    image, labels = sample.read()
-    item = validation[index]
-    scale = max(image.shape[:2]) / validation.encode.processor.image_processor.size["longest_edge"]
-    row: dict[str, Any] = {"image": image, "points": [], "boxes": []}
-    if prompting.first == POINT:
-        row["points"] = scale * item["input_points"].numpy()[item["input_labels"].numpy() == 1]
-    else:
-        row["boxes"] = scale * item["input_boxes"].numpy()
-    return {**row, "masks": {"ground truth": np.array([mask_of(labels, label) for label in ids]), **masks}}

@@ -22,6 +22,7 @@ from .embeddings import EmbeddingCache
 from .losses import MaskMetrics, StepLoss, object_scores
 from .predictor import Predictor
 from .prompts import ItemEncoder, Prompts, TrainingSet, ValidationSet
+from .reporting import TRACKERS, MaskPictures
 from .rounds import LastImage, Prediction, Prompting
 from .samples import Sample, TrainValidationParts
 from .segmentation_settings import SegmentationSettings
@@ -131,6 +132,8 @@ def build_trainer(
         preprocess_logits_for_metrics=object_scores,
         callbacks=callbacks,
     )
+    if {*TRACKERS} & {*training.report_to}:
+        trainer.add_callback(MaskPictures(trainer))
     if embeddings:
         samples = [*parts.train, *parts.validation, *parts.test][training.process_index :: training.world_size]
         with trainer.compute_loss_context_manager():  # in the precision of training
