@@ -166,36 +166,6 @@ def test_images_are_cached_by_their_bytes():
     assert [source.reads for source in small[1:4]] == [2, 2, 2], "there is room again"
 
 
-@pytest.mark.slow
-def test_cropping_costs_less_than_decoding(tmp_path, processor):
-    from time import perf_counter
-
-    from finetuning.folders import FilePair
-    from finetuning.prompts import ItemEncoder, Prompts, TrainingSet
-
-    labels = np.zeros((3000, 3000), dtype=np.uint16)
-    labels.reshape(20, 150, 20, 150)[:, 20:120, :, 20:120] = 1 + np.arange(400).reshape(20, 1, 20, 1)
-    noise = np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8)
-    Image.fromarray(noise).resize((3000, 3000)).save(tmp_path / "a.jpg")
-    Image.fromarray(labels).save(tmp_path / "m.png")
-    source = FilePair(tmp_path / "a.jpg", tmp_path / "m.png")
-    parts = train_validation_parts([source, Counted("other")], 64, 0.5)
-    sample = next(sample for sample in parts.train + parts.validation if sample.source is source)
-    assert sample.read()[1].dtype == np.uint16
-    items = TrainingSet([sample], ItemEncoder(processor, 32, Prompts()), 9)
-
-    def seconds(action) -> float:
-        times = []
-        for number in range(3):
-            started = perf_counter()
-            action(number)
-            times.append(perf_counter() - started)
-        return min(times)
-
-    decoding = seconds(lambda _: np.asarray(Image.open(tmp_path / "a.jpg").convert("RGB")))
-    assert seconds(lambda number: items.crop(sample, np.random.default_rng(number))) < decoding
-
-
 def test_the_documentation_shows_what_is_printed(tmp_path, capsys):
     finetune.main(["--check", "--output", str(tmp_path / "out")])
     page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
