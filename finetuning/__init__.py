@@ -1,4 +1,4 @@
-"""What `finetune.py` and `segment.py` are made of."""
+"""What `finetune.py`, `segment.py` and `evaluate.py` are made of."""
 
 import logging
 
