@@ -15,6 +15,7 @@ with needs("app"):
 
     from checkpoint_tools.errors import one_line_errors
     from checkpoint_tools.quiet import quiet
+    from finetuning.segmentation_settings import add_arguments, add_reading_arguments, changes_of
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -24,7 +25,8 @@ def main(arguments: list[str] | None = None) -> None:
         from webapp.serving import serve
 
     with quiet(), one_line_errors(ValueError):
-        serve(ModelSource(args.base, args.revision, args.adapter, args.adapter_revision), args.images, args.port)
+        source = ModelSource(args.base, args.revision, args.adapter, args.adapter_revision, changes_of(args))
+        serve(source, args.images, args.port)
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -35,7 +37,14 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--adapter-revision", help="of the adapter, on the Hub")
     parser.add_argument("--images", type=Path, help="folder of images to choose from (default: the coins)")
     parser.add_argument("--port", type=int, help="of the page (default: a free one from 7860)")
+    add_reading_arguments(add_arguments(parser))
     args = parser.parse_args(arguments)
+    if args.port is not None and not 0 < args.port < 2**16:
+        parser.error(f"--port {args.port}: expected a number from 1 to 65535")
+    if args.adapter_revision and not args.adapter:
+        parser.error("--adapter-revision: expected --adapter with it")
+    if args.revision and not (args.base or args.adapter):
+        parser.error("--revision: expected --base or --adapter with it")
     if args.images and not args.images.is_dir():
         parser.error(f"--images {args.images}: expected a folder")
     return args

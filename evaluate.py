@@ -23,7 +23,7 @@ with needs("finetune"):
 
 FILES = ("images", "masks", "coco", "image_pattern", "mask_pattern", "color_masks", "categories", "validation")
 DATASET = ("dataset", "dataset_config", "image_column", "mask_column", "split")
-PIXELS = ("channels", "pages", "intensity", "background", "void", "instances", "threshold", "turn_masks")
+PIXELS = ("channels", "pages", "intensity", "max_pixels", "background", "void", "instances", "threshold", "turn_masks")
 DATA = (*FILES, *DATASET, *PIXELS)
 
 
@@ -77,6 +77,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--channels", type=int, nargs="+", help="bands that are red, green and blue, from 1")
     group.add_argument("--pages", help="each, or the number of the page, from 1, of files with several")
     group.add_argument("--intensity", nargs="+", help="what becomes 0 and 255: percentile LOW HIGH, min-max or dtype")
+    group.add_argument("--max-pixels", type=int, help="pixels of the largest image to decode")
     group.add_argument("--background", type=int, nargs="+", help="numbers of the background in masks (0)")
     group.add_argument("--void", nargs="+", help="numbers in masks of pixels without a label; or none")
     group.add_argument("--instances", choices=("labels", "components"), help="what is an object in a mask")

@@ -17,7 +17,7 @@ with needs("finetune"):
     from checkpoint_tools.errors import one_line_errors
     from checkpoint_tools.quiet import quiet
     from finetuning.segmentation import SegmentationRequest, segment_files
-    from finetuning.segmentation_settings import add_arguments, changes_of
+    from finetuning.segmentation_settings import add_arguments, add_reading_arguments, changes_of
     from finetuning.segmenter import PromptedObject
 
 
@@ -50,9 +50,7 @@ def parse_args(arguments: list[str] | None = None) -> SegmentationRequest:
     group.add_argument("--revision", help="of the base, on the Hub")
 
     group = add_arguments(parser)
-    group.add_argument("--channels", type=int, nargs="+", help="bands that are red, green and blue, from 1")
-    group.add_argument("--pages", help="number of the page, from 1, of files with several")
-    group.add_argument("--intensity", help="what becomes 0 and 255: 'percentile LOW HIGH', min-max or dtype")
+    add_reading_arguments(group)
     group.add_argument(
         "--pipeline",
         choices=("ours", "stock"),

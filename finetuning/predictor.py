@@ -72,7 +72,17 @@ class Predictor:
 
     @torch.no_grad()
     def encode(self, image: np.ndarray) -> EncodedImage:
-        """Runs the vision encoder on an image (H, W, 3) uint8."""
+        """Runs the vision encoder on an image (H, W, 3) uint8.
+
+        Raises:
+            ValueError: If the image is so narrow that nothing of it would be left.
+        """
+        (height, width), side = image.shape[:2], self.processor.image_processor.size["longest_edge"]
+        if round(side * min(height, width) / max(height, width)) < 1:
+            raise ValueError(
+                f"{width} x {height} pixels are too narrow for a model that sees {side} x {side}: cut it into shorter "
+                "pieces, or use --tile."
+            )
         inputs = self.processor(images=[image], input_data_format="channels_last", return_tensors="pt")
         pixel_values = inputs["pixel_values"].to(self.model.device, self.model.dtype)
         height, width = inputs["reshaped_input_sizes"][0].tolist()

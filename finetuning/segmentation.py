@@ -22,7 +22,7 @@ from .prompt_files import PromptFileError, coco_boxes, rough_masks
 from .segment_files import Annotations, SegmentedImage, write_pictures
 from .segmentation_settings import SegmentationSettings
 from .segmenter import ImageSegmenter, PromptedObject, check_prompts
-from .segments import Segment, segment_of
+from .segments import Segment, by_area, segment_of
 
 
 OUTPUT = "segmented images"  # the kind of output
@@ -114,11 +114,11 @@ def segment_files(request: SegmentationRequest) -> None:
 
 
 def find_everything(segmenter: ImageSegmenter, path: Path, request: SegmentationRequest) -> list[Segment]:
-    """Returns all objects of an image, the smallest last and so in front, and says why if there are none."""
+    """Returns all objects of an image, the smallest last, and says why if there are none."""
     found = stock_segments(segmenter) if request.stock else segmenter.everything()
     if not found.segments:
         print(f"{path}: {nothing_found(found, segmenter.settings)}")
-    return sorted(found.segments, key=lambda segment: -segment.area)
+    return by_area(found.segments)
 
 
 def load(
@@ -192,6 +192,8 @@ def nothing_found(found: AutomaticSegments, settings: SegmentationSettings) -> s
     """Says why nothing was found, and what to do."""
     if found.best_rating < settings.min_iou:
         reason = f"no mask is rated --min-iou {settings.min_iou:g} or more; the best is {found.best_rating:.2f}"
+    elif found.best_stability >= settings.min_stability:
+        return "0 objects: all masks are smaller than a pixel. A larger --grid, or a larger image, may find some."
     else:
         reason = (
             f"no mask that is rated enough is as stable as --min-stability {settings.min_stability:g}; the best is "

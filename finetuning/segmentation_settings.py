@@ -124,10 +124,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     return group
 
 
+def add_reading_arguments(group: argparse._ArgumentGroup) -> None:
+    """Adds the options for images that say too little of themselves, None by default."""
+    group.add_argument("--channels", type=int, nargs="+", help="bands that are red, green and blue, from 1")
+    group.add_argument("--pages", help="number of the page, from 1, of files with several")
+    group.add_argument("--intensity", help="what becomes 0 and 255: 'percentile LOW HIGH', min-max or dtype")
+    group.add_argument("--max-pixels", type=int, help="pixels of the largest image to decode")
+
+
 def changes_of(args: argparse.Namespace) -> dict[str, Any]:
     """Returns the settings and ways of reading that a command was given, for `but`; None for those that it was not."""
-    names = {field.name for field in fields(SegmentationSettings)} - {"reading"} | {"channels", "pages", "intensity"}
-    return {name: getattr(args, name) for name in names}
+    names = {each.name for part in (SegmentationSettings, ImageReading) for each in fields(part)} - {"reading"}
+    return {name: getattr(args, name, None) for name in names}
 
 
 def settings_file(source: str | Path, revision: str | None = None) -> Path | None:

@@ -107,6 +107,11 @@ def segments_of(labels: np.ndarray, categories: Mapping[int, str] | None = None)
     return [segments[number] for number in sorted(segments)]
 
 
+def by_area(segments: Sequence[Segment]) -> list[Segment]:
+    """Returns the segments, the smallest last and so in front."""
+    return sorted(segments, key=lambda segment: -segment.area)
+
+
 def as_labels(segments: Sequence[Segment], shape: tuple[int, int]) -> np.ndarray:
     """Numbers the segments from 1 in one image (H, W) of uint16, or uint32 if there are too many for that.
 

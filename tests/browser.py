@@ -73,12 +73,34 @@ def browser(url: str, dark: bool = False, height: int = 900) -> Iterator[Page]:
     assert not [request for request in elsewhere if not request.startswith((url, "data:", "blob:"))]
 
 
-def click(page: Page, x: float, y: float) -> None:
+def click(page: Page, x: float, y: float, wait: bool = True) -> None:
     """Clicks on a place of the coins, in pixels of the image, and waits for the answer."""
-    picture = page.locator("#picture img")
-    before = picture.get_attribute("src")
-    box = picture.bounding_box()
-    picture.click(position={"x": x / COINS[0] * box["width"], "y": y / COINS[1] * box["height"]})
+    before = page.locator("#picture img").get_attribute("src")
+    page.mouse.click(*on_screen(page, x, y))
+    if wait:
+        wait_for_change(page, before)
+
+
+def drag(page: Page, start: tuple[float, float], stop: tuple[float, float]) -> None:
+    """Drags from one place of the coins to another."""
+    before = page.locator("#picture img").get_attribute("src")
+    page.mouse.move(*on_screen(page, *start))
+    page.mouse.down()
+    page.mouse.move(*on_screen(page, *stop), steps=3)
+    assert page.locator("#drag-outline").is_visible()
+    page.mouse.up()
+    wait_for_change(page, before)
+    page.get_by_text("Click on the opposite corner").wait_for(state="hidden")
+
+
+def on_screen(page: Page, x: float, y: float) -> tuple[float, float]:
+    """Where a pixel of the coins is shown."""
+    box = page.locator("#picture img").bounding_box()
+    return box["x"] + x / COINS[0] * box["width"], box["y"] + y / COINS[1] * box["height"]
+
+
+def wait_for_change(page: Page, before: str) -> None:
+    """Waits for another picture."""
     page.wait_for_function("before => document.querySelector('#picture img').src != before", arg=before)
     page.wait_for_function("document.querySelector('#picture img').complete")
 
@@ -87,7 +109,7 @@ def press(page: Page, name: str) -> None:
     """Presses a button, and waits for the picture to change."""
     before = page.locator("#picture img").get_attribute("src")
     page.get_by_role("button", name=name, exact=True).click()
-    page.wait_for_function("before => document.querySelector('#picture img').src != before", arg=before)
+    wait_for_change(page, before)
 
 
 def download(page: Page, ending: str, folder: Path) -> Path:

@@ -1,7 +1,7 @@
 """The page of `app.py` without a browser: what a user does, and what comes of it."""
 
-import json
 import pickle
+import socket
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -15,13 +15,21 @@ from transformers import AutoProcessor, SamModel
 
 import app
 from checkpoint_tools.staging import ROOT, SAM_TINY, split_class
-from finetuning.coco_masks import decode
 from finetuning.segmentation_settings import SegmentationSettings
-from webapp import open_image, zero_gpu
 from webapp import session as actions
-from webapp.downloads import write_files
+from webapp import zero_gpu
 from webapp.drawing import draw, draw_masks
-from webapp.handlers import choices_of, raises, required, segment_file, settings_of, status_of, table_of, warns
+from webapp.handlers import (
+    choices_of,
+    message_of,
+    raises,
+    required,
+    segment_file,
+    settings_of,
+    status_of,
+    table_of,
+    warns,
+)
 from webapp.model import SharedModel
 from webapp.open_image import OpenImage, open_file
 from webapp.screen import LONG_SIDE, place_in_image
@@ -118,7 +126,7 @@ def test_two_clicks_make_a_box(coins, stock):
 def test_objects_are_kept_chosen_removed_and_brought_back(coins):
     first = actions.add_click(coins, COIN, "inside")
     assert [label for label, _ in choices_of(first)] == [
-        f"{name} · {mask.rating:.2f}" for name, mask in zip(["A", "B", "C", "single"], first.masks, strict=True)
+        f"{name} · {mask.rating:.2f}" for name, mask in zip(["A", "B", "C", "Single"], first.masks, strict=True)
     ]
     assert first.choice == np.argmax([mask.rating for mask in first.masks[:3]])
     other = actions.choose_mask(first, 3)
@@ -177,6 +185,20 @@ def test_the_grid_finds_objects_and_thresholds_apply_without_another_run(coins, 
     assert len(actions.find_all(stricter, SETTINGS).segments) == len(found.segments)
 
 
+def test_too_many_masks_are_neither_drawn_nor_kept(coins, monkeypatch):
+    everything = replace(SETTINGS, min_iou=0.0, min_stability=0.0)
+    found = actions.find_all(coins, everything)
+    monkeypatch.setattr(actions, "MOST_OBJECTS", len(found.segments) - 1)
+    with pytest.raises(ActionError, match=r"masks are above the thresholds, and the page shows at most"):
+        actions.find_all(coins, everything)
+    monkeypatch.undo()
+    monkeypatch.setattr(actions, "MOST_CANDIDATES", 10)
+    found = actions.find_all(coins, everything)
+    assert not found.search.candidates
+    again = actions.find_all(found, replace(everything, max_overlap=0.4))
+    assert 0 < len(again.segments) <= len(found.segments)
+
+
 def test_before_and_after_differ_by_the_adapter_alone(model, coins):
     session = actions.find_all(coins, SETTINGS)
     session = actions.finish_object(actions.add_click(session, COIN, "inside"))
@@ -214,19 +236,6 @@ def test_clicks_on_the_scaled_picture_are_places_in_the_image(coins):
     assert (draw(session) != draw_masks(session.image, session.segments)).any(), "the click is not drawn"
 
 
-def test_files_to_download_hold_the_same_masks(coins, tmp_path):
-    session = actions.finish_object(actions.add_click(coins, COIN, "inside"))
-    session = actions.add_click(session, (40, 260), "inside")
-    overlay, labels, annotations = write_files(session, tmp_path / "files")
-    numbers = np.asarray(Image.open(labels))
-    assert Image.open(overlay).size == (384, 303)
-    content = json.loads(annotations.read_text())
-    for number, (segment, entry) in enumerate(zip(session.segments, content["annotations"], strict=True), start=1):
-        mask = segment.full((303, 384))
-        np.testing.assert_array_equal(decode(entry["segmentation"], (303, 384)), mask)
-        assert (numbers[mask] == number).mean() > 0.5
-
-
 def test_programs_get_coco_annotations(model):
     entries = segment_file(model, str(COINS), [[*COIN, 1], [*OTHER_COIN, 0]], None)["annotations"]
     session = actions.add_click(Session(open_file(model, COINS)), COIN, "inside")
@@ -238,31 +247,6 @@ def test_programs_get_coco_annotations(model):
             segment_file(model, str(COINS), points, box)
 
 
-def test_16_bits_and_turned_images_are_read_as_segment_reads_them(model, tmp_path):
-    grey = np.asarray(Image.open(COINS)).astype(np.uint16)
-    Image.fromarray(grey * 64 + 500).save(tmp_path / "deep.png")
-    photo = Image.open(COINS).convert("RGB")
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turned by 90 degrees
-    photo.save(tmp_path / "turned.jpg", exif=exif, quality=95)
-    deep = open_file(model, tmp_path / "deep.png").pixels.astype(int)
-    assert np.abs(np.diff(deep[..., 0] - grey / grey.max() * 255)).max() < 60
-    assert deep.max() == 255
-    assert open_file(model, tmp_path / "turned.jpg").size == (384, 303)
-
-
-def test_files_that_are_no_images_or_too_large_are_named(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(open_image, "MAX_PIXELS", 100_000)
-    (tmp_path / "text.png").write_text("text")
-    Image.new("L", (1000, 101)).save(tmp_path / "large.png")
-    for name in ("text.png", "large.png"):
-        with pytest.raises(ValueError, match=rf"^{name}\b") as error:
-            open_file(model, tmp_path / name)
-        assert str(tmp_path) not in str(error.value)
-    Image.new("L", (1000, 100)).save(tmp_path / "large.png")
-    open_file(model, tmp_path / "large.png")
-
-
 def test_errors_are_messages_without_html(monkeypatch):
     def fail(error: Exception) -> None:
         raise error
@@ -270,6 +254,7 @@ def test_errors_are_messages_without_html(monkeypatch):
     no_image = ValueError("<img src=x>: no image")
     with pytest.raises(gr.Error) as error:
         raises(fail)(no_image)
+    assert message_of(gr.Error("No GPU is free.")) == "No GPU is free."
     assert error.value.message == "&lt;img src=x&gt;: no image"
     assert not error.value.print_exception
     said: list[str] = []
@@ -295,13 +280,23 @@ def test_sliders_change_the_settings_of_the_weights(model):
         (["--images", "{empty}/none"], "expected a folder"),
         (["--base", "{empty}"], "not a SAM v1 checkpoint"),
         (["--adapter", "{empty}"], "not an adapter"),
+        (["--adapter-revision", "main"], "--adapter-revision: expected --adapter"),
+        (["--revision", "main"], "--revision: expected --base or --adapter"),
+        (["--port", "99999"], "--port 99999: expected a number from 1 to 65535"),
+        (["--port", "{taken}"], "--port {taken} is taken"),
+        (["--max-pixels", "0"], "--max-pixels 0: expected"),
     ],
 )
 def test_what_the_page_cannot_be_made_of_is_said_in_one_line(tmp_path, capsys, arguments, message):
-    with pytest.raises(SystemExit) as end:
-        app.main([argument.format(empty=tmp_path) for argument in arguments])
+    (tmp_path / "._coins.png").touch()  # as macOS leaves them beside images
+    (tmp_path / "folder.png").mkdir()
+    with socket.socket() as listener, pytest.raises(SystemExit) as end:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        names = {"empty": tmp_path, "taken": listener.getsockname()[1]}
+        app.main([argument.format(**names) for argument in arguments])
     said = f"{end.value} {capsys.readouterr().err}"
-    assert message in said
+    assert message.format(**names) in said
     assert "Traceback" not in said
 
 

@@ -8,7 +8,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from browser import click, download, press
+from browser import click, download, drag, press
 from gradio_client import Client, handle_file
 from peft import LoraConfig, get_peft_model
 from PIL import Image
@@ -52,10 +52,10 @@ def test_a_click_on_a_coin_gives_a_mask_that_covers_it(url, tmp_path):
         click(page, 190, 260)
         page.get_by_text("1 object.").wait_for()
         press(page, "Next object")
-        page.get_by_text("Box: two clicks").click()
-        click(page, 24, 102)
-        click(page, 70, 147)
+        page.get_by_text("Box", exact=True).click()
+        drag(page, (24, 102), (70, 147))
         page.get_by_text("2 objects.").wait_for()
+        assert not page.locator("#drag-outline").count()
         content = json.loads(download(page, "annotations.json", tmp_path).read_text())
         labels = np.asarray(Image.open(download(page, "labels.png", tmp_path)))
         press(page, "Undo")
@@ -72,6 +72,49 @@ def test_a_click_on_a_coin_gives_a_mask_that_covers_it(url, tmp_path):
         mask = decode(entry["segmentation"], coin.shape)
         assert mask[coin].mean() > 0.9, f"mask {number} does not cover the coin"
         assert mask.mean() < 0.3, f"mask {number} covers everything"
+
+
+@needs_chromium
+def test_no_click_is_lost_and_those_that_mean_nothing_are_answered(url):
+    """Clicks that are faster than their answers; a box by two clicks, one that leaves the picture, one of no size."""
+    with browser.browser(url) as page:
+        for x in (185, 190, 195):
+            click(page, x, 260, wait=False)
+        page.get_by_text("1 object.").wait_for()
+        for _ in range(3):
+            page.get_by_role("button", name="Undo").click()
+        page.get_by_text("Click on an object", exact=True).wait_for()
+        assert not page.get_by_text("There is nothing to undo.").count()
+        page.get_by_role("button", name="Undo").click()
+        page.get_by_text("There is nothing to undo.").wait_for()
+        page.get_by_text("Box", exact=True).click()
+        click(page, 24, 102)
+        page.get_by_text("opposite corner", exact=True).wait_for()
+        click(page, 24, 102, wait=False)
+        page.get_by_text("Both corners are on one line").wait_for()
+        click(page, 70, 147)
+        page.get_by_text("1 object.").wait_for()
+        drag(page, (310, 20), (500, 70))
+        page.get_by_text("1 object.").wait_for()
+        press(page, "Next object")
+        for _ in range(3):
+            page.get_by_role("button", name="Next object").click()
+        page.get_by_text("There is no mask to keep: click on an object first.").first.wait_for()
+
+
+@needs_chromium
+def test_the_images_of_the_folder_stay_at_hand_after_an_upload(url, tmp_path):
+    Image.new("RGB", (60, 200), "grey").save(tmp_path / "mine.png")
+    with browser.browser(url) as page:
+        source = page.locator("#picture img").get_attribute("src")
+        page.get_by_test_id("Upload-upload-button").set_input_files(tmp_path / "mine.png")
+        page.wait_for_function("before => document.querySelector('#picture img').src != before", arg=source)
+        assert page.get_by_label("Image", exact=True).input_value() == ""
+        page.get_by_label("Image", exact=True).click()
+        page.get_by_role("option", name="coins.png").click()
+        page.wait_for_function("document.querySelector('#picture img').naturalWidth == 1024")
+        click(page, 190, 260)
+        page.get_by_text("1 object.").wait_for()
 
 
 @needs_chromium

@@ -9,9 +9,8 @@ from .session import Session
 
 def write_files(session: Session, folder: Path) -> list[Path]:
     """Writes all three, as `segment.py` does, and returns their paths."""
-    result = SegmentedImage(session.image.name, session.image.pixels, session.segments)
     folder.mkdir(parents=True, exist_ok=True)
-    pictures = write_pictures(result, folder)
+    pictures = write_pictures(result_of(session), folder)
     annotations = annotations_of(session)
     annotations.write(folder, with_table=False)
     return [*pictures, folder / "annotations.json"]
@@ -20,5 +19,11 @@ def write_files(session: Session, folder: Path) -> list[Path]:
 def annotations_of(session: Session) -> Annotations:
     """Returns COCO annotations of the objects."""
     annotations = Annotations()
-    annotations.add(SegmentedImage(session.image.name, session.image.pixels, session.segments))
+    annotations.add(result_of(session))
     return annotations
+
+
+def result_of(session: Session) -> SegmentedImage:
+    """Returns the image, its objects, and the clicks on them."""
+    prompts = [found.prompt.prompted for found in session.objects if found.prompt]
+    return SegmentedImage(session.image.name, session.image.pixels, session.segments, prompts)

@@ -23,10 +23,11 @@ def draw(session: Session) -> np.ndarray:
     return draw_corner(picture, prompt.corner) if prompt.corner else picture
 
 
-def draw_masks(image: OpenImage, segments: Sequence[Segment]) -> np.ndarray:
-    """Returns the fitted image with masks."""
+def draw_masks(image: OpenImage, segments: Sequence[Segment], colours: Sequence[int] | None = None) -> np.ndarray:
+    """Returns the fitted image with masks, in colours that `draw_segments` chooses unless they are given."""
     shape = image.fitted.shape[:2]
-    return draw_segments(image.fitted, [fitted_segment(segment, image.size, shape) for segment in segments])
+    scaled_segments = [fitted_segment(segment, image.size, shape) for segment in segments]
+    return draw_segments(image.fitted, scaled_segments, colours=colours)
 
 
 def scaled(prompt: Prompt, scale: float) -> Prompt:

@@ -20,6 +20,8 @@ from .session import ActionError, Session
 
 def message_of(error: Exception) -> str:
     """Returns what the page says of an error. Messages may contain HTML there: the texts of users must not."""
+    if isinstance(error, gr.Error):  # of a Space that has no GPU to lend now
+        return error.message
     if isinstance(error, ValueError):
         return html.escape(str(error), quote=False)
     logging.getLogger(__name__).error("A handler of the page failed.", exc_info=error)
@@ -135,7 +137,7 @@ def table_of(session: Session) -> list[list[Any]]:
 
 def choices_of(session: Session) -> list[tuple[str, int]]:
     """Returns the masks to choose from, with their ratings, and their indices."""
-    names = ["A", "B", "C", "single"]
+    names = ["A", "B", "C", "Single"]
     return [
         (f"{name} · {mask.rating:.2f}", index)
         for index, (name, mask) in enumerate(zip(names, session.masks, strict=False))
@@ -147,6 +149,8 @@ def status_of(session: Session) -> str:
     number = len(session.objects)
     if session.marks.prompt.corner:
         return "Click on the **opposite corner** of the box."
+    if session.current and not session.current.segment.area:
+        return "**The mask is empty:** choose another one, or click again."
     if session.current:
         objects = f"{number} object{'s' if number > 1 else ''}."
         return f"**{objects}** Click again to correct the mask, or choose *Next object*."

@@ -3,7 +3,8 @@
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +23,9 @@ from finetuning.tiling import joined
 from .zero_gpu import on_gpu
 
 
+MAX_PIXELS = 50_000_000  # of an image, as all users share the memory
+
+
 @dataclass(frozen=True)
 class ModelSource:
     """Where the model is from.
@@ -31,12 +35,14 @@ class ModelSource:
         revision: Of the base, on the Hub.
         adapter: Folder or Hub id of an adapter.
         adapter_revision: Of the adapter, on the Hub.
+        changes: Settings to use instead of those that came with the model.
     """
 
     base: str | None = None
     revision: str | None = None
     adapter: str | None = None
     adapter_revision: str | None = None
+    changes: dict[str, Any] = field(default_factory=dict)
 
 
 class SharedModel:
@@ -149,13 +155,16 @@ def load_shared(source: ModelSource) -> SharedModel:
     Raises:
         ValueError: If they cannot be loaded.
     """
+    base = source.base or str(SAM_TINY)
+    settings = SegmentationSettings.load(
+        source.adapter or base, source.adapter_revision if source.adapter else source.revision
+    )
+    limit = min(settings.reading.max_pixels, MAX_PIXELS)
+    settings = settings.but(max_pixels=limit).but(**source.changes)
     if source.adapter:
-        settings = SegmentationSettings.load(source.adapter, source.adapter_revision)
         model, processor = load_adapted(
-            source.adapter, source.base, source.revision, adapter_revision=source.adapter_revision
+            source.adapter, source.base, source.revision, settings.image_size, source.adapter_revision
         )
     else:
-        base = source.base or str(SAM_TINY)
-        settings = SegmentationSettings.load(base, source.revision)
         model, processor = load_base(base, source.revision, image_size=settings.image_size)
     return SharedModel(model.eval().to(DEVICE), processor, settings)

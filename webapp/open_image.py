@@ -16,7 +16,7 @@ from .model import SharedModel
 from .screen import fitted
 
 
-MAX_PIXELS = 50_000_000
+OPTIONS = " (Options of app.py and segment.py.)"
 MAX_ENCODED = 8  # windows of an image; those of ViT-B take 4 MB each
 
 
@@ -69,20 +69,22 @@ def in_window(prompts: PromptedObject, left: float, top: float) -> ObjectPrompts
     return ObjectPrompts(points=points, labels=[prompts.labels] if points and prompts.labels else None, boxes=boxes)
 
 
-def open_file(model: SharedModel, path: Path) -> OpenImage:
+def open_file(model: SharedModel, path: Path, name: str | None = None) -> OpenImage:
     """Reads an image file as `segment.py` does, and encodes it.
+
+    Args:
+        model: The model of all users.
+        path: The file.
+        name: What users know it by; None for the name of the file.
 
     Raises:
         ValueError: If it cannot be read, or is too large.
     """
+    name = name or path.name
     try:
-        pixels = read_image(path, model.settings.reading)
+        return OpenImage(model, read_image(path, model.settings.reading), name)
     except ValueError as error:
-        raise ValueError(str(error).replace(str(path), path.name)) from error  # users know only the name
-    height, width = pixels.shape[:2]
-    if height * width > MAX_PIXELS:
-        raise ValueError(
-            f"{path.name} has {height * width / 1e6:.0f} megapixels; expected at most {MAX_PIXELS / 1e6:.0f}: scale "
-            "it down, or use segment.py."
-        )
-    return OpenImage(model, pixels, path.name)
+        message = str(error).replace(str(path), name)
+        if not message.startswith(name):
+            message = f"{name}: {message}"
+        raise ValueError(f"{message}{OPTIONS if '--' in message else ''}") from error

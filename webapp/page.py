@@ -8,9 +8,11 @@ from typing import Any
 import gradio as gr
 
 from finetuning.images import IMAGE_SUFFIXES
+from finetuning.overlays import distinct_colours
 
 from . import session as actions
 from .downloads import write_files
+from .dragging import DRAG_TO_CLICKS
 from .drawing import draw, draw_masks
 from .handlers import (
     choices_of,
@@ -30,12 +32,16 @@ from .session import ActionError, Session
 
 MAX_FILE_SIZE = "50mb"
 SECONDS_TO_KEEP = 3600  # after the last action of a user
-MODES = [("Point inside", "inside"), ("Point outside", "outside"), ("Box: two clicks", "box")]
+MOST_USERS = 100  # at a time; the image of whoever has done nothing for the longest is closed for another
+MODES = [("Point inside", "inside"), ("Point outside", "outside"), ("Box", "box")]
+MOST_POINTS = 64  # along a side of the grid
 COLUMNS = ["object", "pixels", "left, top: size", "rating", "stability"]
-COLUMN_WIDTHS: list[str | int] = ["14%", "14%", "39%", "14%", "19%"]
+COLUMN_WIDTHS: list[str | int] = ["15%", "15%", "34%", "14%", "22%"]
 CSS = """
 .gradio-container { max-width: 1400px !important; margin: auto; }
 #picture img { cursor: crosshair; }
+#drag-outline { position: fixed; z-index: 1000; pointer-events: none; }
+#drag-outline { border: 2px solid white; outline: 1px solid black; }
 """
 LAUNCH_OPTIONS: dict[str, Any] = {
     # The page serves these fonts itself; of some others gradio has only a few letters.
@@ -45,7 +51,9 @@ LAUNCH_OPTIONS: dict[str, Any] = {
         font_mono=[gr.themes.LocalFont("IBM Plex Mono", (400, 700)), "monospace"],
     ),
     "css": CSS,
+    "js": DRAG_TO_CLICKS,
     "max_file_size": MAX_FILE_SIZE,
+    "state_session_capacity": MOST_USERS,
     "footer_links": ["api", "settings"],
     "share": False,
 }
@@ -82,7 +90,8 @@ class Page:
             self.add_api()
 
     def add_pictures(self) -> None:
-        """The image, and the same before and after fine-tuning."""
+        """What to do next, the image, and the same before and after fine-tuning."""
+        self.status = gr.Markdown(min_height=24)
         with gr.Tabs() as self.tabs:
             with gr.Tab("Picture", id="picture"):
                 self.picture = gr.Image(
@@ -100,17 +109,27 @@ class Page:
                     max_height=800,
                 )
                 self.difference = gr.Markdown()
-        self.status = gr.Markdown()
 
     def add_controls(self) -> None:
         """What to open, how to prompt, and what to do with the masks."""
-        with gr.Row():
+        with gr.Row(equal_height=True):
             self.name = gr.Dropdown(list(self.images), label="Image", scale=3)
             self.upload = gr.UploadButton("Upload", file_types=list(IMAGE_SUFFIXES), size="md", scale=1, min_width=100)
         with gr.Tabs():
             with gr.Tab("One object"):
-                self.mode = gr.Radio(MODES, value="inside", label="A click is a")
-                self.choice = gr.Radio([], label="Mask: one of three, or the single one; with its predicted IoU")
+                self.mode = gr.Radio(
+                    MODES,
+                    value="inside",
+                    label="What a click marks",
+                    info="A box: drag, or click on two opposite corners.",
+                    elem_id="mode",
+                )
+                self.choice = gr.Radio(
+                    [],
+                    label="Mask",
+                    info="A, B and C: what one point may mean, such as a part or the whole. Single: the one mask for "
+                    "several points or a box. The number is the model's rating, from 0 to 1.",
+                )
                 self.next = gr.Button("Next object", variant="primary")
             with gr.Tab("All objects"):
                 self.add_sliders()
@@ -134,23 +153,27 @@ class Page:
         """Thresholds, at first those that the weights come with."""
         settings = self.model.settings
         thresholds = [
-            ("Lowest predicted IoU", settings.min_iou),
-            ("Lowest stability", settings.min_stability),
-            ("Highest IoU of two objects", settings.max_overlap),
+            ("Lowest rating", "How well the model expects the mask to fit (predicted IoU).", settings.min_iou),
+            ("Lowest stability", "How little a stricter or looser outline would change it.", settings.min_stability),
+            ("Largest overlap", "Of two masks that share more (IoU), the better rated stays.", settings.max_overlap),
         ]
-        self.sliders = [gr.Slider(0, 1, value, step=0.01, label=label) for label, value in thresholds]
-        self.sliders.append(gr.Slider(4, 64, settings.grid, step=1, label="Points along a side of the grid"))
+        self.sliders = [gr.Slider(0, 1, value, step=0.01, label=label, info=info) for label, info, value in thresholds]
+        most = max(MOST_POINTS, settings.grid)
+        more = "The picture is asked at so many points in each direction. More find smaller objects, and take longer."
+        self.sliders.append(gr.Slider(1, most, settings.grid, step=1, label="Points per side", info=more))
         self.find = gr.Button("Find all objects", variant="primary")
 
     def connect(self) -> None:
         """Starts an action for each part."""
-        self.on(self.blocks.load, self.open_first, [])
-        self.on(self.name.input, self.open_named, [self.name])
-        self.on(self.upload.upload, self.open_upload, [self.upload])
-        self.on(self.picture.select, self.click, [self.session, self.mode], show_progress="hidden")
+        opened = [*self.views, self.name]
+        self.on(self.blocks.load, self.open_first, [], opened)
+        self.on(self.name.input, self.open_named, [self.name], opened)
+        self.on(self.upload.upload, self.open_upload, [self.upload], opened)
+        each: dict[str, Any] = {"trigger_mode": "multiple"}  # also while an earlier one waits for its answer
+        self.on(self.picture.select, self.click, [self.session, self.mode], show_progress="hidden", **each)
         self.on(self.choice.input, self.take(actions.choose_mask), [self.session, self.choice])
         self.on(self.next.click, self.take(actions.finish_object), [self.session])
-        self.on(self.undo.click, self.take(actions.undo), [self.session])
+        self.on(self.undo.click, self.take(actions.undo), [self.session], **each)
         self.on(self.clear.click, self.take(actions.clear), [self.session])
         self.on(self.remove.click, self.remove_object, [self.session, self.selected])
         self.on(self.find.click, self.find_all, [self.session, *self.sliders])
@@ -202,12 +225,12 @@ class Page:
 
     def open_named(self, name: str) -> list[Any]:
         """Opens one of the images."""
-        return self.view(Session(open_file(self.model, self.images[name])))
+        return [*self.view(Session(open_file(self.model, self.images[name], name))), name]
 
     def open_upload(self, path: str) -> list[Any]:
         """Opens the user's own image, and deletes its file."""
         try:
-            return self.view(Session(open_file(self.model, Path(path))))
+            return [*self.view(Session(open_file(self.model, Path(path)))), None]
         finally:
             Path(path).unlink(missing_ok=True)  # the session has its pixels
 
@@ -237,12 +260,14 @@ class Page:
             return [gr.skip()] * len(self.views)
         return self.find_all(session, *values)
 
-    def compare(self, session: Session | None) -> tuple[tuple[Any, Any], str]:
+    def compare(self, session: Session | None) -> tuple[tuple[Any, ...], str]:
         """Shows the masks without the adapter beside those with it."""
         session = required(session)
-        before = actions.without_adapter(session)
-        pictures = draw_masks(session.image, before), draw_masks(session.image, session.segments)
-        return pictures, f"Objects: {len(before)} before, {len(session.objects)} after."
+        before, after = actions.without_adapter(session), session.segments
+        is_paired = all(found.prompt for found in session.objects)  # then an object keeps its colour
+        colours = distinct_colours(after) if is_paired else None
+        pictures = [draw_masks(session.image, segments, colours) for segments in (before, after)]
+        return tuple(pictures), f"Objects: {len(before)} before, {len(after)} after."
 
     def select(self, session: Session | None, event: gr.SelectData) -> tuple[int, gr.Button]:
         """Says which object the button would remove."""

@@ -41,7 +41,8 @@ def serve(source: ModelSource, images: Path | None = None, port: int | None = No
             server_name="127.0.0.1", server_port=port, prevent_thread_lock=True, quiet=True, **LAUNCH_OPTIONS
         )
     except OSError as error:
-        raise AppError(f"--port {port} is taken: choose another.") from error
+        taken = f"--port {port} is taken, or not yours to use" if port else "All ports from 7860 to 7959 are taken"
+        raise AppError(f"{taken}: choose another with --port.") from error
     print(f"The page is at {url} (Ctrl-C ends it).", flush=True)
     page.blocks.block_thread()
 
@@ -66,10 +67,11 @@ def images_in(folder: Path | None) -> Mapping[str, Path]:
     """
     if folder is None:
         return {COINS.name: COINS}
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    if not paths:
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    images = {path.relative_to(folder).as_posix(): path for path in paths if not path.name.startswith(".")}
+    if not images:
         raise AppError(f"--images {folder}: expected a folder of images ({', '.join(IMAGE_SUFFIXES)}).")
-    return {str(path.relative_to(folder)): path for path in paths}
+    return images
 
 
 def about(source: ModelSource) -> str:

@@ -14,9 +14,13 @@ from finetuning.automatic import Candidates
 from finetuning.samples import Window
 from finetuning.segmentation_settings import SegmentationSettings
 from finetuning.segmenter import PromptedObject
-from finetuning.segments import Segment
+from finetuning.segments import Segment, by_area
 
 from .open_image import OpenImage, in_window
+
+
+MOST_OBJECTS = 2000  # to draw, which takes some seconds
+MOST_CANDIDATES = 3000  # to keep for other thresholds; those of ViT-B take 330 KB each
 
 
 class ActionError(ValueError):
@@ -85,7 +89,7 @@ class GridSearch:
     """A search for all objects.
 
     Args:
-        candidates: Masks above the thresholds of `lowest`, tile by tile.
+        candidates: Masks above the thresholds of `lowest`, tile by tile; none if they were too many to keep.
         lowest: Settings with which the model has run.
         settings: Settings with which the objects were chosen among the candidates.
     """
@@ -96,6 +100,8 @@ class GridSearch:
 
     def holds(self, settings: SegmentationSettings) -> bool:
         """Whether all masks that are above other thresholds are among the candidates."""
+        if not self.candidates:
+            return False
         is_stricter = settings.min_iou >= self.lowest.min_iou and settings.min_stability >= self.lowest.min_stability
         return is_stricter and settings.grid == self.lowest.grid
 
@@ -222,15 +228,22 @@ def find_all(session: Session, settings: SegmentationSettings) -> Session:
     The model does not run again if it has found all masks that are above the thresholds before.
 
     Raises:
-        ActionError: If no mask is above the thresholds.
+        ActionError: If no mask is above the thresholds, or far too many are.
     """
     search = session.search
     if search is None or not search.holds(settings):
         search = GridSearch(session.image.candidates(settings), settings, settings)
-    segments = session.image.model.choose(search.candidates, session.image.size, settings)
+    segments = by_area(session.image.model.choose(search.candidates, session.image.size, settings))
+    tiles = [candidates for _, candidates in search.candidates]
     if not segments:
-        raise ActionError(nothing_found([candidates for _, candidates in search.candidates], settings))
-    session = replace(session, search=replace(search, settings=settings))
+        raise ActionError(nothing_found(tiles, settings))
+    if len(segments) > MOST_OBJECTS:
+        raise ActionError(
+            f"{len(segments):,} masks are above the thresholds, and the page shows at most {MOST_OBJECTS:,}: raise "
+            "the rating or the stability, lower the overlap, or use segment.py."
+        )
+    kept = search.candidates if sum(len(tile.ratings) for tile in tiles) <= MOST_CANDIDATES else ()
+    session = replace(session, search=replace(search, candidates=kept, settings=settings))
     return marked(session, objects=tuple(map(Found, segments)), prompt=Prompt(), choice=None)
 
 
@@ -244,6 +257,8 @@ def nothing_found(tiles: Sequence[Candidates], settings: SegmentationSettings) -
             f"No mask is rated {settings.min_iou:g} or higher; the best is rated {rating:.2f}. Lower the rating, or "
             "train the model for such images."
         )
+    if stability >= settings.min_stability:
+        return "All masks are smaller than a pixel: more points per side, or a larger image, may find some."
     return (
         f"No mask with a sufficient rating has a stability of {settings.min_stability:g}; the highest is "
         f"{stability:.2f}. Lower the stability."
@@ -256,7 +271,7 @@ def without_adapter(session: Session) -> list[Segment]:
     segments: list[Segment] = []
     if session.search and any(found.prompt is None for found in session.objects):
         settings = session.search.settings
-        segments += image.model.choose(image.candidates(settings, adapted=False), image.size, settings)
+        segments += by_area(image.model.choose(image.candidates(settings, adapted=False), image.size, settings))
     for found in session.objects:
         if found.prompt:
             segments.append(image.masks(found.prompt.prompted, adapted=False)[found.choice])
