@@ -11,10 +11,10 @@ from checkpoint_tools.packages import needs
 
 with needs("finetune"):
     import finetune
+    from checkpoint_tools.checkout import SAM_TINY
     from checkpoint_tools.conversions import to_split
     from checkpoint_tools.errors import one_line_errors
     from checkpoint_tools.quiet import quiet
-    from checkpoint_tools.staging import SAM_TINY
     from finetuning.model import load_base
 
 

@@ -11,8 +11,8 @@ from checkpoint_tools.packages import needs
 
 with needs("tools"):
     from checkpoint_tools.errors import one_line_errors
+    from checkpoint_tools.fetching import fetch
     from checkpoint_tools.quiet import quiet
-    from checkpoint_tools.sources import fetch
     from checkpoint_tools.verification import verify
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from transformers import pipeline
 from transformers.utils import is_torchvision_available
 
-from checkpoint_tools.staging import SAM_TINY
+from checkpoint_tools.checkout import SAM_TINY
 from finetuning.automatic import automatic_segments
 from finetuning.images import read_image
 from finetuning.model import load_base

@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 import torch
 from tqdm import tqdm
 
-from checkpoint_tools.staging import ROOT
+from checkpoint_tools.checkout import ROOT
 
 from .measure import SIZES
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from checkpoint_tools.staging import ROOT
+from checkpoint_tools.checkout import ROOT
 
 
 RECIPE = ROOT / "finetune.py"

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from checkpoint_tools.staging import ROOT, SAM_TINY
+from checkpoint_tools.checkout import ROOT, SAM_TINY
 from finetuning.folders import FilePair
 from finetuning.model import load_base
 from finetuning.prompts import ItemEncoder, Prompts, TrainingSet

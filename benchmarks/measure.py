@@ -19,7 +19,7 @@ from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import SamConfig, SamModel, set_seed
 
-from checkpoint_tools.staging import split_class
+from checkpoint_tools.checkout import split_class
 
 
 IMPLEMENTATIONS = ("stock-eager", "stock-sdpa", "split", "folded", "tiled", "products")  # folded, tiled: split so

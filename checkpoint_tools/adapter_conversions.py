@@ -7,31 +7,31 @@ from pathlib import Path
 from peft import PeftModel
 from transformers import PreTrainedModel, SamConfig, SamModel
 
-from . import adapters, meta_layout, micro_sam, samed, trainer_checkpoints
+from . import fused_adapters, meta_layout, micro_sam, samed, trainer_checkpoints
 from .comparison import example_outputs
 from .conversions import accepted, allowed_difference, compare_with_files, effect_of, load_checked, note
 from .loading import as_split, model_type, processor_for
+from .meta_adapters import MetaAdapter
 from .named_bases import SPLIT, STOCK, named_base
 from .outputs import staged
-from .surgery import Surgery
 
 
 def adapter_to_fused(
     source: str, destination: Path, base: str | None = None, base_model: str | None = None, force: bool = False
 ) -> float:
     """Writes a LoRA of `q`, `k`, `v` as the same LoRA of stock SAM's fused `qkv`; returns as `to_sam` does."""
-    return convert_adapter(adapters.to_fused, source, destination, base, base_model, force)
+    return convert_adapter(fused_adapters.to_fused, source, destination, base, base_model, force)
 
 
 def adapter_to_split(
     source: str, destination: Path, base: str | None = None, base_model: str | None = None, force: bool = False
 ) -> float:
     """Writes a LoRA of stock SAM's fused `qkv` as the same LoRA of `q`, `k`, `v`; returns as `to_sam` does."""
-    return convert_adapter(adapters.to_split, source, destination, base, base_model, force)
+    return convert_adapter(fused_adapters.to_split, source, destination, base, base_model, force)
 
 
 def convert_adapter(
-    convert: Callable[[adapters.Adapter, PeftModel, PreTrainedModel], adapters.Adapter],
+    convert: Callable[[fused_adapters.Adapter, PeftModel, PreTrainedModel], fused_adapters.Adapter],
     source: str,
     destination: Path,
     base: str | None,
@@ -43,9 +43,9 @@ def convert_adapter(
     The new adapter names `base_model`, or what it was converted on.
     """
     with staged(destination, "adapter", force, sources=(source, base)) as folder:
-        to_fused = convert is adapters.to_fused
-        adapter = adapters.Adapter.load(source)
-        adapter.require(adapters.PROJECTIONS if to_fused else adapters.FUSED)
+        to_fused = convert is fused_adapters.to_fused
+        adapter = fused_adapters.Adapter.load(source)
+        adapter.require(fused_adapters.PROJECTIONS if to_fused else fused_adapters.FUSED)
         revision = None if base else adapter.config.get("revision")
         base = base or adapter.config.get("base_model_name_or_path")
         if not base:
@@ -55,7 +55,7 @@ def convert_adapter(
         stock = split.to_sam()
         model, target = (split, stock) if to_fused else (stock, split)
         adapter.check_fits(adapter.part_of(model), base)
-        adapted = adapters.with_adapter(adapter.part_of(model), source)
+        adapted = fused_adapters.with_adapter(adapter.part_of(model), source)
         expected, effect = effect_of(adapted, model, target)
         converted = convert(adapter, adapted, adapter.part_of(target))
         if base_model:
@@ -70,7 +70,7 @@ def convert_adapter(
         converted.save(folder)
         for message in converted.notes:
             note(message)
-        adapters.with_adapter(adapter.part_of(target), folder).to(model.dtype)
+        fused_adapters.with_adapter(adapter.part_of(target), folder).to(model.dtype)
         return accepted(example_outputs(target), expected, allowed_difference(effect))
 
 
@@ -108,15 +108,15 @@ def from_samed(
         folder = stack.enter_context(staged(destination, "adapter", force, sources=(file, base)))
         checkpoint = read_checkpoint(file)
         split, _ = load_checked(base)
-        surgery = samed.read(checkpoint.weights, split.config.vision_config.num_hidden_layers, layers)
+        meta_adapter = samed.read(checkpoint.weights, split.config.vision_config.num_hidden_layers, layers)
         if base_output is not None:
             base_folder = stack.enter_context(staged(base_output, "split model", force, sources=(file, base)))
-            split = write_base(samed.base_of(split.to_sam(), surgery.weights, image_size), base_folder)
+            split = write_base(samed.base_of(split.to_sam(), meta_adapter.weights, image_size), base_folder)
             processor_for(split.config, image_mean=[0.0] * 3, image_std=[1.0] * 3).save_pretrained(base_folder)
         base = base if base_output is None else str(base_output)
         where = f"as in {base_output}" if base_output else "unless your base has them already"
         note(f"SAMed trains on images of 0 to 1: use a processor with image_mean=0 and image_std=1, {where}.")
-        return write_adapter(surgery, split, base, folder, base_model)
+        return write_adapter(meta_adapter, split, base, folder, base_model)
 
 
 def from_micro_sam(
@@ -141,14 +141,14 @@ def from_micro_sam(
         The relative error, like `to_sam`.
     """
     with staged(destination, "adapter and base", force, sources=(file, base)) as folder:
-        surgery = micro_sam.read(read_checkpoint(file).weights)
+        meta_adapter = micro_sam.read(read_checkpoint(file).weights)
         if base is None:
-            split = write_base(meta_layout.sam_from_meta(surgery.weights, decoder_heads), folder / "base")
+            split = write_base(meta_layout.sam_from_meta(meta_adapter.weights, decoder_heads), folder / "base")
             processor_for(split.config).save_pretrained(folder / "base")
         else:
             split, _ = load_checked(base)
         (folder / "adapter").mkdir()
-        return write_adapter(surgery, split, base or str(destination / "base"), folder / "adapter", base_model)
+        return write_adapter(meta_adapter, split, base or str(destination / "base"), folder / "adapter", base_model)
 
 
 def read_checkpoint(file: Path) -> trainer_checkpoints.TrainerCheckpoint:
@@ -167,14 +167,14 @@ def write_base(model: SamModel, folder: Path) -> PreTrainedModel:
 
 
 def write_adapter(
-    surgery: Surgery, split: PreTrainedModel, base: str, folder: Path, base_model: str | None = None
+    meta_adapter: MetaAdapter, split: PreTrainedModel, base: str, folder: Path, base_model: str | None = None
 ) -> float:
     """Writes an adapter of `split`, and compares it with stock SAM to which the update was added by definition."""
-    adapter = surgery.adapter(split, base)
+    adapter = meta_adapter.adapter(split, base)
     if base_model:
         adapter.config |= {"base_model_name_or_path": base_model, "revision": named_base(base_model, split)}
     adapter.save(folder)
-    plain, defined = split.to_sam(), surgery.applied(split)
+    plain, defined = split.to_sam(), meta_adapter.applied(split)
     expected, effect = effect_of(defined, defined, plain)
-    adapters.with_adapter(split, folder).to(defined.dtype)
+    fused_adapters.with_adapter(split, folder).to(defined.dtype)
     return accepted(example_outputs(split), expected, allowed_difference(effect))

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .base_cards import BaseCard, hub_ids, read_card
+from .fetching import fetch
 from .licences import Licence, combined, stated_licence
 from .plain_settings import read_json
-from .sources import fetch
 
 
 @dataclass(frozen=True)

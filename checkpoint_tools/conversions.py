@@ -12,14 +12,15 @@ from torch import nn
 from transformers import PreTrainedModel, SamConfig, SamModel
 
 from . import meta_layout, meta_model, trainer_checkpoints
-from .adapters import with_adapter
+from .checkout import split_class
 from .comparison import Outputs, OutputsDifferError, compare, example_outputs, largest_relative_error
 from .errors import well_formed
+from .fetching import fetch
+from .fused_adapters import with_adapter
 from .loading import as_split, load, model_type, processor_for
+from .messages import listing, name_of
 from .outputs import mark_archive, staged, staged_file
 from .plain_settings import keep_known_settings, read_processor
-from .sources import fetch
-from .staging import listing, name_of, split_class
 from .trainer_checkpoints import check_finite
 from .verification import TIED, Weights, compare_weights, split_weights, stock_model
 

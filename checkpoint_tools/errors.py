@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from huggingface_hub.errors import HTTPError
 from safetensors import SafetensorError
 
+from .messages import one_line
 from .packages import remedy
-from .staging import one_line
 
 
 # What the user or the machine lacks.

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .staging import listing
+from .messages import listing
 
 
 class _EqualsDict(type):

@@ -7,8 +7,8 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from torch import nn
 from transformers import PreTrainedModel, SamConfig, SamModel, SamProcessor
 
+from .checkout import split_class
 from .errors import well_formed
-from .staging import split_class
 
 
 VISION_TYPES = ("sam_vision_model", "sam_split_vision_model")

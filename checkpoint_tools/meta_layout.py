@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection
 import torch
 from transformers import SamConfig, SamModel
 
-from .staging import listing
+from .messages import listing
 
 
 # One tensor in Meta's layout (prompt_encoder.pe_layer…); two tied copies in transformers.

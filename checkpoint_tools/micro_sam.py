@@ -11,15 +11,15 @@ import re
 
 import torch
 
-from .adapters import Factors
-from .surgery import Surgery, factors_of, pairs, require_sam
+from .fused_adapters import Factors
+from .meta_adapters import MetaAdapter, factors_of, pairs, require_sam
 
 
 BLOCK = r"image_encoder\.blocks\.(?P<layer>\d+)"
 FROZEN = ((r"\.attn\.qkv\.qkv_proj\.", ".attn.qkv."), (r"\.mlp\.mlp_layer\.", ".mlp."))
 
 
-def read(weights: dict[str, torch.Tensor]) -> Surgery:
+def read(weights: dict[str, torch.Tensor]) -> MetaAdapter:
     """Returns what a checkpoint of micro-sam adds to SAM, and SAM's own weights in it.
 
     Raises:
@@ -39,7 +39,7 @@ def read(weights: dict[str, torch.Tensor]) -> Surgery:
     for pattern, replacement in FROZEN:
         weights = {re.sub(pattern, replacement, name): tensor for name, tensor in weights.items()}
     require_sam(weights)
-    return Surgery(factors, weights, advice="Leave out --base to use the model in the file.")
+    return MetaAdapter(factors, weights, advice="Leave out --base to use the model in the file.")
 
 
 def fact(weights: dict[str, torch.Tensor]) -> dict[str, Factors]:

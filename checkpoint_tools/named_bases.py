@@ -7,9 +7,9 @@ from transformers import PreTrainedModel
 
 from .comparison import OutputsDifferError, compare, example_outputs
 from .conversions import TOLERANCE, load_checked
+from .fetching import fetch
 from .loading import model_type
-from .sources import fetch
-from .staging import listing
+from .messages import listing
 from .verification import split_weights
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import SamConfig, SamProcessor
 from transformers.utils import cached_file
 
-from .staging import ROOT, split_class
+from .checkout import ROOT, split_class
 
 
 IMAGE_PROCESSORS = ("SamImageProcessor", "SamImageProcessorFast", "SamImageProcessorPil")

@@ -22,8 +22,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from .messages import one_line
 from .outputs import MARKER
-from .staging import one_line
 
 
 # All files of a model repo. A push replaces or deletes files of an earlier push that match.

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from transformers import SamModel
 
 from . import meta_layout
-from .adapters import Factors
-from .surgery import Surgery, pairs, require_sam
+from .fused_adapters import Factors
+from .meta_adapters import MetaAdapter, pairs, require_sam
 
 
 DECODER_ATTENTION = {
@@ -26,7 +26,7 @@ DECODER_ATTENTION = {
 FINAL_ATTENTION = "mask_decoder.transformer.final_attn_token_to_image"
 
 
-def read(weights: dict[str, torch.Tensor], num_layers: int, layers: Sequence[int] | None = None) -> Surgery:
+def read(weights: dict[str, torch.Tensor], num_layers: int, layers: Sequence[int] | None = None) -> MetaAdapter:
     """Returns what a file of SAMed adds to a SAM of `num_layers` blocks.
 
     Args:
@@ -60,7 +60,7 @@ def read(weights: dict[str, torch.Tensor], num_layers: int, layers: Sequence[int
     for (projection,), part in pairs(weights, r"fati_(?P<projection>[qv])(?P<factor>[ab])").items():
         factors[f"{FINAL_ATTENTION}.{projection}_proj"] = part
     require_sam(weights)
-    return Surgery(factors, weights, advice="Give --base-output to write a base with the decoder of the file.")
+    return MetaAdapter(factors, weights, advice="Give --base-output to write a base with the decoder of the file.")
 
 
 def base_of(stock: SamModel, weights: dict[str, torch.Tensor], image_size: int | None = None) -> SamModel:

@@ -17,12 +17,12 @@ from huggingface_hub.repocard_data import CardData
 from jinja2 import Template
 
 from .base_cards import BaseCard, is_hub_id, read_card
+from .checkout import ROOT
 from .licences import UNKNOWN, Licence, stated_licence
 from .outputs import staged
 from .plain_settings import read_json
 from .pushing import Destination, check_destination, explain, push, staged_files
 from .space_verification import verify_space
-from .staging import ROOT
 from .uploading import read_token
 
 

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from . import inert_pickles
-from .staging import listing, name_of
+from .messages import listing, name_of
 
 
 # Where trainers put the state dict; the last two are DeepSpeed's and plain loops'.

@@ -14,12 +14,12 @@ from huggingface_hub import HfApi, get_token
 
 from .bases import Base, read_base
 from .cards import card_facts, model_card
+from .checkout import ROOT, split_class
 from .errors import well_formed
 from .licences import CODE_LICENCE, Licence
 from .outputs import staged
 from .plain_settings import copy_plain, keep_known_settings, read_json, read_processor
 from .pushing import FILES, Destination, check_destination, is_ours, push, staged_files
-from .staging import ROOT, split_class
 from .verification import check_card
 
 

@@ -14,8 +14,8 @@ from transformers import AutoModel, AutoProcessor, PreTrainedModel, SamConfig, S
 
 from .comparison import compare, processed_outputs
 from .errors import well_formed
+from .fetching import fetch
 from .plain_settings import read_json, read_processor
-from .sources import fetch
 
 
 TOLERANCE = 1e-4  # relative to the largest output: rounding differs. Weights must be equal.

@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import SamProcessor
 
+from checkpoint_tools.checkout import SAM_TINY
 from checkpoint_tools.outputs import require_replaceable, staged
-from checkpoint_tools.staging import SAM_TINY
 
 from .decoding import DataError, number_of
 from .evaluation_files import class_table, push_to_card, table, write_results

@@ -10,12 +10,13 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from transformers import BitsAndBytesConfig, PreTrainedModel, SamProcessor
 
-from checkpoint_tools.adapters import with_adapter
+from checkpoint_tools.checkout import split_class
 from checkpoint_tools.errors import well_formed
+from checkpoint_tools.fetching import require_name
+from checkpoint_tools.fused_adapters import with_adapter
 from checkpoint_tools.loading import let_gradients_through_4bit
+from checkpoint_tools.messages import one_line
 from checkpoint_tools.plain_settings import read_processor
-from checkpoint_tools.sources import require_name
-from checkpoint_tools.staging import one_line, split_class
 
 from .segmentation_settings import SegmentationSettings
 from .settings import ModelSettings

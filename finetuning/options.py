@@ -11,7 +11,8 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from checkpoint_tools.staging import SAM_TINY, one_line
+from checkpoint_tools.checkout import SAM_TINY
+from checkpoint_tools.messages import one_line
 
 from .settings import (
     DataSettings,

@@ -11,7 +11,7 @@ from transformers import SamProcessor
 
 from .augmentation import blurred, changed_intensity
 from .clicks import deepest
-from .embeddings import EmbeddingCache
+from .embedding_cache import EmbeddingCache
 from .overlaps import mask_of, void_of
 from .samples import Sample, Window, shrink, visible
 

@@ -12,10 +12,10 @@ from transformers import set_seed
 
 from checkpoint_tools.bases import Base, described
 from checkpoint_tools.conversions import load_checked
+from checkpoint_tools.fetching import fetch
 from checkpoint_tools.licences import Licence
 from checkpoint_tools.named_bases import named_base
 from checkpoint_tools.pushing import check_destination
-from checkpoint_tools.sources import fetch
 
 from .data_summary import PICTURE, DataSummary
 from .layouts import read_parts

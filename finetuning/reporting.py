@@ -15,7 +15,7 @@ from transformers.integrations import TensorBoardCallback
 from checkpoint_tools.masks import best_rated
 
 from .overlaps import mask_of
-from .pictures import plot_masks
+from .plots import plot_masks
 from .prompts import OUTSIDE, ValidationSet
 from .rounds import POINT, Prompting, Rounds
 

@@ -10,17 +10,17 @@ from huggingface_hub import HfApi, get_token
 from transformers import SamModel, SamProcessor
 
 from checkpoint_tools.bases import Base
+from checkpoint_tools.checkout import ROOT
 from checkpoint_tools.comparison import relative_error
 from checkpoint_tools.licences import CODE_LICENCE
 from checkpoint_tools.outputs import staged
 from checkpoint_tools.plain_settings import keep_known_settings
 from checkpoint_tools.pushing import FILES, Destination, check_destination
 from checkpoint_tools.pushing import push as push_files
-from checkpoint_tools.staging import ROOT
 
 from .cards import Kind, card, is_stock, worse_than_base
 from .model import load_base, trained
-from .pictures import plot_curves, plot_masks
+from .plots import plot_curves, plot_masks
 from .predictor import Predictor
 from .reporting import items_to_show, picture_row, predict
 from .samples import TrainValidationParts

@@ -1,4 +1,4 @@
-"""The checkpoint from which an interrupted run goes on."""
+"""The last whole checkpoint of an interrupted run."""
 
 import json
 import re

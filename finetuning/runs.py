@@ -1,4 +1,4 @@
-"""The output folder of a run: its settings, a lock, and the checkpoints from which a run goes on."""
+"""The output folder of a run: its settings, a lock, and whether a run may go on from it."""
 
 import contextlib
 import hashlib

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from tqdm import tqdm
 
-from .caching import ImageCache
+from .image_cache import ImageCache
 from .sources import DataError, LabelledImage, Source
 
 

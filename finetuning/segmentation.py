@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from transformers import PreTrainedModel, SamProcessor, pipeline
 
+from checkpoint_tools.checkout import SAM_TINY
 from checkpoint_tools.outputs import require_replaceable, staged
-from checkpoint_tools.staging import SAM_TINY
 
 from .automatic import AutomaticSegments
 from .decoding import DataError, number_of
@@ -19,7 +19,7 @@ from .images import IMAGE_SUFFIXES, MASK_SUFFIXES, read_image
 from .model import load_adapted, load_base
 from .predictor import Predictor
 from .prompt_files import PromptFileError, coco_boxes, rough_masks
-from .segment_files import Annotations, SegmentedImage, write_pictures
+from .segmentation_files import Annotations, SegmentedImage, write_pictures
 from .segmentation_settings import SegmentationSettings
 from .segmenter import ImageSegmenter, PromptedObject, check_prompts
 from .segments import Segment, by_area, segment_of

@@ -6,12 +6,12 @@ from typing import Any, ClassVar, Literal
 
 from transformers.hf_argparser import HfArg
 
-from checkpoint_tools.staging import SAM_TINY
+from checkpoint_tools.checkout import SAM_TINY
 
-from .checks import SettingsError, require_at_least, require_share
 from .decoding import MAX_PIXELS, ImageReading
 from .labels import LabelReading
 from .rounds import Prompting
+from .setting_checks import SettingsError, require_at_least, require_share
 from .source_settings import SourceSettings
 from .training_settings import TrainingSettings
 

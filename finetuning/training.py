@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput
 
-from .embeddings import EmbeddingCache
+from .embedding_cache import EmbeddingCache
 from .losses import MaskMetrics, StepLoss, object_scores
 from .predictor import Predictor
 from .prompts import ItemEncoder, Prompts, TrainingSet, ValidationSet

@@ -37,9 +37,9 @@ from transformers.utils.logging import disable_progress_bar, get_verbosity, set_
 
 import upload  # noqa: E402
 from checkpoint_tools import uploading  # noqa: E402
+from checkpoint_tools.checkout import ROOT, split_class  # noqa: E402
 from checkpoint_tools.comparison import relative_error  # noqa: E402
 from checkpoint_tools.loading import processor_for  # noqa: E402
-from checkpoint_tools.staging import ROOT, split_class  # noqa: E402
 
 
 disable_progress_bar()

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel, SamConfig, SamModel
 from transformers.utils import logging
 
 import convert
+from checkpoint_tools.checkout import split_class
 from checkpoint_tools.loading import processor_for
-from checkpoint_tools.staging import split_class
 
 
 SIDE = 64

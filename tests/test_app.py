@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import AutoProcessor, SamModel
 
 import app
-from checkpoint_tools.staging import ROOT, SAM_TINY, split_class
+from checkpoint_tools.checkout import ROOT, SAM_TINY, split_class
 from finetuning.segmentation_settings import SegmentationSettings
 from webapp import session as actions
 from webapp import zero_gpu

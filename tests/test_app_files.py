@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from checkpoint_tools.staging import ROOT
+from checkpoint_tools.checkout import ROOT
 from finetuning.coco_masks import decode
 from segment import main as run_segment
 from webapp import session as actions

@@ -13,7 +13,7 @@ from gradio_client import Client, handle_file
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 
-from checkpoint_tools.staging import ROOT, SAM_TINY, split_class
+from checkpoint_tools.checkout import ROOT, SAM_TINY, split_class
 from finetuning.coco_masks import decode
 from finetuning.segmentation_settings import SegmentationSettings
 from finetuning.sources import Coins

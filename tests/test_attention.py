@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from benchmarks.kernels import count
-from checkpoint_tools.staging import split_class
+from checkpoint_tools.checkout import split_class
 
 
 def attention_module() -> ModuleType:

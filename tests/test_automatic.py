@@ -8,7 +8,7 @@ from scipy import ndimage
 from skimage import measure
 from transformers import AutoProcessor, SamModel
 
-from checkpoint_tools.staging import SAM_TINY
+from checkpoint_tools.checkout import SAM_TINY
 from finetuning.automatic import automatic_segments, choose, find_candidates, grid_points, stability_scores
 from finetuning.predictor import ObjectPrompts, Predictor
 from finetuning.segmentation_settings import SegmentationSettings

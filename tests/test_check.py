@@ -11,9 +11,9 @@ from labelled_images import blocks, save_pair
 from PIL import Image
 
 import finetune
-from checkpoint_tools.staging import ROOT
-from finetuning.caching import ImageCache
+from checkpoint_tools.checkout import ROOT
 from finetuning.decoding import ImageReading
+from finetuning.image_cache import ImageCache
 from finetuning.overlays import COLOURS
 from finetuning.samples import CACHE, train_validation_parts
 from finetuning.segmentation_settings import SegmentationSettings

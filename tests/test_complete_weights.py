@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from transformers import AutoModel, AutoModelForMaskGeneration, PreTrainedModel, SamModel
 
-from checkpoint_tools.staging import split_class
+from checkpoint_tools.checkout import split_class
 
 
 TIED = ("shared_image_embedding.positional_embedding", "prompt_encoder.shared_embedding.positional_embedding")

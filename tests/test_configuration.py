@@ -8,7 +8,7 @@ from conftest import tiny_config
 from transformers import AutoConfig, SamConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from checkpoint_tools.staging import ROOT, split_class
+from checkpoint_tools.checkout import ROOT, split_class
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModel, AutoProcessor, PreTrainedModel, SamConfig, SamModel
 
 from checkpoint_tools import conversions, meta_layout
-from checkpoint_tools.staging import ROOT, SAM_TINY, split_class
+from checkpoint_tools.checkout import ROOT, SAM_TINY, split_class
 
 
 META = {"hidden_size": 32, "mlp_dim": 48, "num_layers": 2, "heads": 8}  # of the decoder; 8 heads as all of Meta's

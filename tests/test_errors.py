@@ -18,8 +18,8 @@ import demo
 import finetune
 import segment
 import verify
+from checkpoint_tools.checkout import SAM_TINY
 from checkpoint_tools.errors import explained, one_line_errors
-from checkpoint_tools.staging import SAM_TINY
 
 
 PHOTO = str(ROOT / "docs" / "images" / "coins.png")

@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import AutoProcessor, SamModel
 
 import evaluate
-from checkpoint_tools.staging import SAM_TINY, split_class
+from checkpoint_tools.checkout import SAM_TINY, split_class
 from finetuning.metrics import detection_metrics
 from finetuning.model import load_base
 from finetuning.samples import Sample

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from checkpoint_tools.checkout import ROOT, SAM_TINY
 from checkpoint_tools.conversions import to_split
-from checkpoint_tools.staging import ROOT, SAM_TINY
 from finetuning.sources import Coins
 
 

@@ -19,9 +19,9 @@ from peft import PeftModel
 import finetune
 import segment
 from checkpoint_tools.bases import described
+from checkpoint_tools.checkout import SAM_TINY, split_class
 from checkpoint_tools.licences import Licence
 from checkpoint_tools.pushing import PushError
-from checkpoint_tools.staging import SAM_TINY, split_class
 from finetuning.cards import card
 from finetuning.model import load_base, make_trainable
 from finetuning.results import complete_adapter, push

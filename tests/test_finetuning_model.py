@@ -5,8 +5,8 @@ import re
 import numpy as np
 import pytest
 
+from checkpoint_tools.checkout import SAM_TINY
 from checkpoint_tools.loading import processor_for
-from checkpoint_tools.staging import SAM_TINY
 from finetune import parse_args
 from finetuning.model import ModelError, load_base, make_trainable
 

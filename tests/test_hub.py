@@ -11,7 +11,7 @@ import pytest
 from conftest import CODE_FILES, MODEL_REPO_FILES
 from hub import Server, serve
 
-from checkpoint_tools.staging import ROOT, SAM_TINY
+from checkpoint_tools.checkout import ROOT, SAM_TINY
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModel, BitsAndBytesConfig, SamConfig, SamModel, ViTConfig
 from transformers.models.vit.modeling_vit import ViTEmbeddings
 
+from checkpoint_tools.checkout import split_class
 from checkpoint_tools.meta_layout import meta_from_sam, sam_from_meta
-from checkpoint_tools.staging import split_class
 
 
 NATIVE = 64  # a grid of 8 x 8 patches

@@ -23,7 +23,7 @@ import segment
 import upload
 import verify
 from checkpoint_tools import meta_layout
-from checkpoint_tools.staging import split_class
+from checkpoint_tools.checkout import split_class
 
 
 # The beginning of the names that are dropped.

@@ -25,7 +25,7 @@ from transformers import (
     pipeline,
 )
 
-from checkpoint_tools.staging import SAM_TINY, split_class
+from checkpoint_tools.checkout import SAM_TINY, split_class
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from peft import AutoPeftModelForFeatureExtraction, LoraConfig, PeftModel, get_p
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, BitsAndBytesConfig, SamConfig, SamModel
 
+from checkpoint_tools.checkout import split_class
 from checkpoint_tools.loading import let_gradients_through_4bit
-from checkpoint_tools.staging import split_class
 
 
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": ["q", "v"], "lora_dropout": 0.1}

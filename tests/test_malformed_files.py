@@ -18,7 +18,7 @@ import convert
 import segment
 import upload
 import verify
-from checkpoint_tools.staging import ROOT
+from checkpoint_tools.checkout import ROOT
 
 
 COMMANDS = {

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel, SamModel
 
 import finetune
-from checkpoint_tools.staging import SAM_TINY, split_class
+from checkpoint_tools.checkout import SAM_TINY, split_class
 
 
 @pytest.fixture

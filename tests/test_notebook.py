@@ -8,7 +8,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from checkpoint_tools.staging import ROOT
+from checkpoint_tools.checkout import ROOT
 
 
 SCRIPT, NOTEBOOK = (ROOT / "examples" / f"finetune_sam.{suffix}" for suffix in ("py", "ipynb"))

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 import finetune
-from checkpoint_tools.staging import SAM_TINY
+from checkpoint_tools.checkout import SAM_TINY
 from finetuning.options import write_file
 
 

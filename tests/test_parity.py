@@ -6,7 +6,7 @@ from conftest import assert_same_outputs, stock_model, tiny_config
 from torch import nn
 from transformers import SamModel, SamVisionModel
 
-from checkpoint_tools.staging import split_class
+from checkpoint_tools.checkout import split_class
 
 
 VARIANTS = [{}, {"qkv_bias": False}, {"use_rel_pos": False}, {"window_size": 0}, {"window_size": 8}]

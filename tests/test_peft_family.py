@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks import peft_family
-from checkpoint_tools.staging import ROOT
+from checkpoint_tools.checkout import ROOT
 
 
 PAGE = (ROOT / "docs" / "peft-methods.md").read_text(encoding="utf-8")

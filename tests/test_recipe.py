@@ -22,8 +22,8 @@ from torch.utils.data import default_collate
 from transformers import AutoModel, SamModel
 
 import finetune
+from checkpoint_tools.checkout import ROOT, SAM_TINY
 from checkpoint_tools.outputs import MARKER, locked
-from checkpoint_tools.staging import ROOT, SAM_TINY
 from finetuning.losses import MaskMetrics, object_scores
 from finetuning.model import load_base, trained
 from finetuning.prompts import ItemEncoder, Prompts, ValidationSet

@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from transformers import SamConfig, SamImageProcessor, SamProcessor
 
-from checkpoint_tools.staging import ROOT, SAM_TINY, split_class
+from checkpoint_tools.checkout import ROOT, SAM_TINY, split_class
 
 
 PAGES = {

@@ -10,9 +10,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraModel
 from transformers import SamConfig, SamModel
 
-from checkpoint_tools import adapters, conversions
+from checkpoint_tools import conversions, fused_adapters
+from checkpoint_tools.checkout import split_class
 from checkpoint_tools.comparison import example_outputs, largest_relative_error
-from checkpoint_tools.staging import split_class
 
 
 HALF = ["float16", "bfloat16"]
@@ -140,11 +140,11 @@ def test_a_wrong_conversion_of_an_adapter_is_noticed(size, target, tmp_path, con
     if target == "qkv":
         convert("adapter-to-fused adapter fused --base base")
         command = "adapter-to-split fused out --base base"
-    assemble = adapters.assemble
+    assemble = fused_adapters.assemble
 
     def forgetful(adapter, weights, factors, model):
         kept = {name: part for name, part in factors.items() if ".layers.2." not in name}
         return assemble(adapter, weights, kept, model)
 
-    monkeypatch.setattr(adapters, "assemble", forgetful)
+    monkeypatch.setattr(fused_adapters, "assemble", forgetful)
     assert "its outputs differ from the source's by" in refused(command)

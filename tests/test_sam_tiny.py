@@ -2,8 +2,8 @@
 
 from transformers import AutoImageProcessor, AutoModel, SamModel
 
+from checkpoint_tools.checkout import SAM_TINY, split_class
 from checkpoint_tools.loading import processor_for
-from checkpoint_tools.staging import SAM_TINY, split_class
 from pretraining.train_sam_tiny import build_config, evaluate
 
 

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForMaskGeneration, SamModel, SamVisionModel
 
-from checkpoint_tools.staging import ROOT, split_class
+from checkpoint_tools.checkout import ROOT, split_class
 
 
 TIED = "prompt_encoder.shared_embedding.positional_embedding"

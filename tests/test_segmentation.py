@@ -19,12 +19,12 @@ from transformers.utils import is_torchvision_available
 from transformers.utils.logging import get_verbosity
 
 import segment
-from checkpoint_tools.staging import SAM_TINY, split_class
+from checkpoint_tools.checkout import SAM_TINY, split_class
 from finetuning.metrics import detection_metrics
 from finetuning.model import load_base
 from finetuning.overlays import COLOURS, distinct_colours
 from finetuning.predictor import Predictor
-from finetuning.segment_files import SegmentedImage, write_pictures
+from finetuning.segmentation_files import SegmentedImage, write_pictures
 from finetuning.segmentation_settings import SegmentationSettings
 from finetuning.segmenter import ImageSegmenter, PromptedObject
 from finetuning.segments import Segment, iou_matrix, segments_of

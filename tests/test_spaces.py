@@ -16,8 +16,8 @@ from huggingface_hub import RepoCard, constants
 from peft import LoraConfig, get_peft_model
 
 from checkpoint_tools import spaces
+from checkpoint_tools.checkout import ROOT, SAM_TINY, split_class
 from checkpoint_tools.outputs import MARKER
-from checkpoint_tools.staging import ROOT, SAM_TINY, split_class
 from finetuning import model
 from finetuning.model import load_adapted
 

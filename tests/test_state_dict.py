@@ -9,7 +9,7 @@ from conftest import assert_holds_weights_of, assert_same_outputs, stock_model
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from checkpoint_tools.staging import split_class
+from checkpoint_tools.checkout import split_class
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 from labelled_images import Array, blocks
 from transformers import AutoProcessor, SamModel
 
-from checkpoint_tools.staging import SAM_TINY
+from checkpoint_tools.checkout import SAM_TINY
 from finetuning.automatic import automatic_segments
 from finetuning.metrics import mean_segmentation_accuracy
 from finetuning.predictor import Predictor

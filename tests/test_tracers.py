@@ -12,7 +12,7 @@ from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import AutoModel, SamConfig, SamModel
 
-from checkpoint_tools.staging import split_class
+from checkpoint_tools.checkout import split_class
 
 
 IMPLEMENTATIONS = ["sdpa", "eager"]

@@ -7,7 +7,7 @@ import torch
 from conftest import assert_same_outputs, randomize, tiny_config
 from transformers import PreTrainedConfig, PreTrainedModel, SamModel, SamVisionModel
 
-from checkpoint_tools.staging import split_class
+from checkpoint_tools.checkout import split_class
 
 
 @pytest.fixture(params=[SamModel, SamVisionModel])

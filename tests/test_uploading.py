@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from transformers import BertConfig, BertModel, SamVisionModel
 
 from checkpoint_tools import uploading
+from checkpoint_tools.checkout import ROOT
 from checkpoint_tools.outputs import MARKER
-from checkpoint_tools.staging import ROOT
 
 
 # huggingface_hub's own way of sending files

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from checkpoint_tools.bases import read_base
 from checkpoint_tools.cards import card_facts, model_card
+from checkpoint_tools.checkout import ROOT, split_class
 from checkpoint_tools.pushing import is_ours
-from checkpoint_tools.staging import ROOT, split_class
 from checkpoint_tools.uploading import check_staged, stage
 from checkpoint_tools.verification import Weights, compare_weights, verify
 

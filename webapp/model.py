@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, SamProcessor
 
-from checkpoint_tools.staging import SAM_TINY
+from checkpoint_tools.checkout import SAM_TINY
 from finetuning.automatic import Candidates, choose, find_candidates, scaled_up, stability_scores
 from finetuning.model import load_adapted, load_base
 from finetuning.predictor import EncodedImage, ObjectPrompts, Predictor

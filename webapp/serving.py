@@ -10,7 +10,7 @@ from pathlib import Path
 _files = tempfile.TemporaryDirectory(prefix="sam-split-app-")
 os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_TEMP_DIR=_files.name)
 
-from checkpoint_tools.staging import ROOT  # noqa: E402
+from checkpoint_tools.checkout import ROOT  # noqa: E402
 from finetuning.images import IMAGE_SUFFIXES  # noqa: E402
 
 from .model import ModelSource, load_shared  # noqa: E402

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import PreTrainedModel, SamProcessor
 
-from ..adapters import with_adapter
 from ..comparison import Outputs, example_outputs, largest_relative_error
 from ..conversions import accepted, allowed_difference, effect_of, load_checked, note
+from ..fetching import fetch
+from ..fused_adapters import with_adapter
 from ..loading import processor_for
 from ..outputs import staged
 from ..plain_settings import read_processor
-from ..sources import fetch
 from ..verification import stock_model
 from .graphs import Graph
 from .interface import Interface, Tensors

@@ -12,7 +12,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
-from .staging import one_line
+from .messages import one_line
 
 
 LICENCE_FILES = tuple(f"{name}*" for name in ("LICEN[CS]E", "Licen[cs]e", "licen[cs]e", "COPYING", "NOTICE"))

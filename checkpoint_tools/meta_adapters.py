@@ -12,17 +12,17 @@ from peft import LoraConfig
 from transformers import PreTrainedModel, SamModel
 
 from . import meta_layout
-from .adapters import PREFIX, PROJECTIONS, Adapter, Factors, assemble
+from .fused_adapters import PREFIX, PROJECTIONS, Adapter, Factors, assemble
+from .messages import listing
 from .meta_layout import hint
-from .staging import listing
 
 
 FROZEN = ("vision_encoder.", "shared_image_embedding.")  # in LoRA of the encoder
 
 
 @dataclasses.dataclass
-class Surgery:
-    """What a file adds to SAM.
+class MetaAdapter:
+    """LoRA, and other weights, that a file adds to Meta's SAM.
 
     Args:
         factors: Of the low-rank updates, by module of the split model.

@@ -16,9 +16,9 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoModel, SamConfig
 
-from checkpoint_tools import meta_layout, meta_model, surgery
-from checkpoint_tools.adapters import assemble
+from checkpoint_tools import meta_adapters, meta_layout, meta_model
 from checkpoint_tools.comparison import example_outputs, largest_relative_error
+from checkpoint_tools.fused_adapters import assemble
 from checkpoint_tools.loading import as_split
 
 
@@ -330,7 +330,7 @@ def test_micro_sam_on_another_base(meta, base, base_config, tmp_path, convert, r
         ("decoder.out_conv.weight", "ways that LoRA cannot express: decoder.out_conv.weight"),
     ],
 )
-def test_other_surgery_is_refused(name, message, meta, convert, refused):
+def test_other_changes_are_refused(name, message, meta, convert, refused):
     torch.save({**lora_of_micro_sam(meta), name: torch.ones(1, 1)}, "sam.pth")
     assert message in refused(f"from-micro-sam sam.pth out --decoder-heads {HEADS}")
 
@@ -353,7 +353,7 @@ def test_the_right_command_is_named(meta, base, base_weights, refused):
 def test_a_wrong_adapter_is_not_kept(meta, base, tmp_path, refused, monkeypatch):
     """One matrix too little is noticed, in the model that is defined by the file."""
     torch.save(adapt_samed(meta, [0, 1, 2]), "lora.pth")
-    monkeypatch.setattr(surgery, "assemble", without_the_last)
+    monkeypatch.setattr(meta_adapters, "assemble", without_the_last)
     assert "Nothing was written" in refused("from-samed lora.pth out --base base")
     assert not (tmp_path / "out").exists()
 

@@ -23,7 +23,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import nn
 
-from .staging import listing
+from .messages import listing
 from .trainer_checkpoints import check_finite
 
 

@@ -11,10 +11,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, SamModel, SamVisionModel
 
-from checkpoint_tools import adapters
+from checkpoint_tools import fused_adapters
 from checkpoint_tools.adapter_conversions import adapter_to_fused, adapter_to_split
+from checkpoint_tools.checkout import split_class
 from checkpoint_tools.comparison import relative_error
-from checkpoint_tools.staging import split_class
 from finetuning.model import load_adapted
 
 
@@ -205,7 +205,7 @@ def rewrite(
 ) -> None:
     settings, weights = stored(path)
     (path / "adapter_config.json").write_text(json.dumps({**settings, **(config or {})}))
-    adapters.save_file(
+    fused_adapters.save_file(
         {name.replace(*rename): value(tensor) for name, tensor in weights.items()}, path / "adapter_model.safetensors"
     )
 

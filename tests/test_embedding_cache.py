@@ -8,7 +8,7 @@ import pytest
 from labelled_images import Array, blocks, save_pair
 
 import finetune
-from finetuning.embeddings import EmbeddingCache
+from finetuning.embedding_cache import EmbeddingCache
 from finetuning.model import load_base
 from finetuning.samples import Sample
 from finetuning.settings import SAM_TINY

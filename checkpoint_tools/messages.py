@@ -1,0 +1,22 @@
+"""Messages of one line."""
+
+from collections.abc import Iterable
+
+import torch
+
+
+def one_line(message: object) -> str:
+    """Returns a message, such as an error's, without its line breaks."""
+    return " ".join(str(message).split())
+
+
+def listing(keys: Iterable[object], limit: int = 5) -> str:
+    """Returns the first of `keys`, and how many more there are."""
+    names = sorted(map(name_of, keys))
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def name_of(key: object) -> str:
+    """Returns the name of a dtype without its module, and anything else as it is."""
+    return str(key).removeprefix("torch.") if isinstance(key, torch.dtype) else str(key)
