@@ -37,8 +37,11 @@ from transformers.utils.logging import disable_progress_bar, get_verbosity, set_
 
 import upload  # noqa: E402
 from checkpoint_tools import uploading  # noqa: E402
+from checkpoint_tools.bases import read_base  # noqa: E402
+from checkpoint_tools.cards import card_facts, model_card  # noqa: E402
 from checkpoint_tools.checkout import ROOT, split_class  # noqa: E402
 from checkpoint_tools.comparison import relative_error  # noqa: E402
+from checkpoint_tools.licences import Licence  # noqa: E402
 from checkpoint_tools.loading import processor_for  # noqa: E402
 
 
@@ -217,6 +220,17 @@ def split_dir(stock_dir: Path, processor: SamProcessor, tmp_path_factory: pytest
     path = tmp_path_factory.mktemp("split") / "sam-split"
     split_class().from_pretrained(stock_dir).save_pretrained(path)
     processor.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def staged_dir(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `upload.py` stages of a base. Tests change copies of it."""
+    path = tmp_path_factory.mktemp("staged") / "sam"
+    path.mkdir()
+    uploading.stage(base_dir, path, "5GB")
+    card = card_facts("user/sam", read_base(str(base_dir), licence=Licence("mit")), FIGURES)
+    (path / "README.md").write_text(model_card(card))
     return path
 
 

@@ -1,11 +1,14 @@
 """Small images with labelled objects, in memory and as files."""
 
+import json
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
+from pycocotools import mask as coco_masks
 
 from finetuning.sources import LabelledImage, Source
 
@@ -42,6 +45,25 @@ def save_pair(folder: Path, stem: str, labels: np.ndarray) -> tuple[Path, Path]:
     Image.fromarray(np.stack([labels * 20 % 256] * 3, -1).astype(np.uint8)).save(paths[0])
     Image.fromarray(labels.astype(np.uint16)).save(paths[1])
     return paths
+
+
+def save_coco(file: Path, image: str, labels: np.ndarray) -> None:
+    """Writes the objects of one image as COCO annotations."""
+    height, width = labels.shape
+    content = {
+        "images": [{"id": 1, "file_name": image, "height": height, "width": width}],
+        "annotations": [
+            {"id": int(number), "image_id": 1, "segmentation": run_lengths(labels == number)}
+            for number in np.unique(labels[labels > 0])
+        ],
+    }
+    file.write_text(json.dumps(content))
+
+
+def run_lengths(mask: np.ndarray) -> dict[str, Any]:
+    """As pycocotools writes them."""
+    encoded = coco_masks.encode(np.asfortranarray(mask, dtype=np.uint8))
+    return {"size": encoded["size"], "counts": encoded["counts"].decode()}
 
 
 def png(height: int, width: int, bits: int, colour_type: int, rows: bytes) -> bytes:

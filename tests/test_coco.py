@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from labelled_images import MASK_SIDE, blocks, save_pair
+from labelled_images import MASK_SIDE, blocks, run_lengths, save_pair
 from PIL import Image
 from pycocotools import mask as peer
 
@@ -23,12 +23,6 @@ from finetuning.sources import DataError, SourceList
 SQUARE = [[20, 10, 30, 10, 30, 20, 20, 20]]
 POLYGONS = [SQUARE[0], np.reshape(SQUARE, (4, 2)).tolist(), [list(map(str, SQUARE[0]))]]  # other spellings
 FRAME = [[2, 2, 46, 2, 46, 38, 2, 38]]
-
-
-def run_lengths(mask: np.ndarray) -> dict[str, Any]:
-    """As pycocotools writes them."""
-    encoded = peer.encode(np.asfortranarray(mask, dtype=np.uint8))
-    return {"size": encoded["size"], "counts": encoded["counts"].decode()}
 
 
 def annotation(segmentation: Any, number: Any = 1, image: Any = 7, **more: Any) -> dict[str, Any]:

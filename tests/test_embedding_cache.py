@@ -19,21 +19,8 @@ def arguments(tmp_path: Path) -> list[str]:
     for number in range(4):
         save_pair(tmp_path, f"photo{number}", np.roll(blocks(), number, axis=1))
     folders = ["--images", str(tmp_path / "images"), "--masks", str(tmp_path / "masks"), "--validation", "0.5"]
-    small = [
-        "--image-size",
-        "64",
-        "--steps",
-        "4",
-        "--eval-every",
-        "2",
-        "--batch-size",
-        "1",
-        "--accumulate",
-        "2",
-        "--grid",
-        "4",
-    ]
-    return [*folders, *small, "--method", "decoder", "--augment", "none", "--rounds", "1", "--learning-rate", "0.01"]
+    small = "--image-size 64 --steps 4 --eval-every 2 --batch-size 1 --accumulate 2 --grid 4 --learning-rate 0.01"
+    return [*folders, *small.split(), "--method", "decoder", "--augment", "none", "--rounds", "1"]
 
 
 def losses(output: Path) -> list[float]:

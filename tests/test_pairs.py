@@ -1,15 +1,13 @@
 """Image and mask files that belong together: turned, in pages, and with masks that have to be asked about."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tifffile
 import torch
-from labelled_images import MASK_SIDE, Array, blocks, save_pair
+from labelled_images import MASK_SIDE, Array, blocks, save_coco, save_pair
 from PIL import Image
-from pycocotools import mask as rle
 
 from finetuning.coco import coco_images
 from finetuning.decoding import DataError, ImageReading
@@ -60,15 +58,7 @@ def test_objects_of_every_layout_are_turned_with_images_of_the_stored_size(kind,
         Image.fromarray(np.dstack([labels, 255 * (labels > 0), 0 * labels]).astype(np.uint8)).save(masks / "a.png")
         (source,) = paired_files(images, masks, color_masks=True).sources
     elif kind == "COCO":
-        runs = [
-            {**rle.encode(np.asfortranarray(labels == number, dtype=np.uint8)), "number": number} for number in numbers
-        ]
-        annotations = [
-            {"id": place, "image_id": 1, "segmentation": {"size": run["size"], "counts": run["counts"].decode()}}
-            for place, run in enumerate(runs)
-        ]
-        listed = [{"id": 1, "file_name": "a.png", "height": 40, "width": 48}]
-        (tmp_path / "coco.json").write_text(json.dumps({"images": listed, "annotations": annotations}))
+        save_coco(tmp_path / "coco.json", "a.png", labels)
         (source,) = coco_images(images, tmp_path / "coco.json").sources
     else:
         (masks / "a").mkdir()
@@ -231,13 +221,7 @@ def coins_as(form: str, folder: Path) -> list[str]:
             Image.fromarray(whole.labels == number).save(masks / "coins" / f"{number:02}.png")
         options += ["--mask-pattern", "{stem}/*.png"]
     elif form == "COCO":
-        runs = [rle.encode(np.asfortranarray(whole.labels == number, dtype=np.uint8)) for number in numbers]
-        annotations = [
-            {"id": place, "image_id": 1, "segmentation": {"size": run["size"], "counts": run["counts"].decode()}}
-            for place, run in enumerate(runs)
-        ]
-        listed = [{"id": 1, "file_name": "coins.png", "height": 303, "width": 384}]
-        (folder / "coco.json").write_text(json.dumps({"images": listed, "annotations": annotations}))
+        save_coco(folder / "coco.json", "coins.png", whole.labels)
         options = ["--images", str(images), "--coco", str(folder / "coco.json")]
     return options
 

@@ -7,17 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FIGURES
 from hub import File, Hub
 from huggingface_hub import HfApi
 from safetensors.torch import load, save
 
-from checkpoint_tools.bases import read_base
-from checkpoint_tools.cards import card_facts, model_card
-from checkpoint_tools.licences import Licence
 from checkpoint_tools.pushing import Destination
 from checkpoint_tools.pushing import push as push_folder
-from checkpoint_tools.uploading import stage
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # huggingface_hub's own
@@ -53,16 +48,6 @@ def smallest_change_of_a_weight(content: bytes) -> bytes:
     weights = load(content)
     weights["mask_decoder.iou_token.weight"].view(torch.int32)[0, 0] ^= 1
     return save(weights, metadata={"format": "pt"})
-
-
-@pytest.fixture(scope="module")
-def staged_dir(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("staged") / "sam"
-    path.mkdir()
-    stage(base_dir, path, "5GB")
-    card = card_facts("user/sam", read_base(str(base_dir), licence=Licence("mit")), FIGURES)
-    (path / "README.md").write_text(model_card(card))
-    return path
 
 
 @pytest.mark.parametrize(

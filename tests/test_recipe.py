@@ -45,20 +45,9 @@ ADAPTER_FILES = {  # of a stock base
     "LICENSE-code",
 }
 SMALL_RUN = [
-    "--image-size",
-    "128",
-    "--steps",
-    "4",
-    "--eval-every",
-    "2",
-    "--batch-size",
-    "2",
-    "--objects",
-    "3",
-    "--learning-rate",
-    "0.01",
+    *("--image-size", "128", "--steps", "4", "--eval-every", "2", "--batch-size", "2"),
+    *("--objects", "3", "--learning-rate", "0.01", "--grid", "8"),
 ]
-SMALL_RUN += ["--grid", "8"]
 
 
 def run(output: Path, *arguments: str) -> dict:

@@ -8,11 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CODE_FILES, FIGURES, Malicious, configure, rewrite, stock_model
+from conftest import CODE_FILES, Malicious, configure, rewrite, stock_model
 from safetensors.torch import load_file
 
-from checkpoint_tools.bases import read_base
-from checkpoint_tools.cards import card_facts, model_card
 from checkpoint_tools.checkout import ROOT, split_class
 from checkpoint_tools.pushing import is_ours
 from checkpoint_tools.uploading import check_staged, stage
@@ -73,16 +71,6 @@ def test_staged_from(make, base_dir: Path, tmp_path: Path) -> None:
     figures = verify(str(output), folder)
     assert figures["num_parameters"] == stock_model().num_parameters()
     assert figures["max_difference"] <= 1e-5
-
-
-@pytest.fixture(scope="module")
-def staged_dir(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A staged folder as it should be: tests change copies of it."""
-    path = tmp_path_factory.mktemp("staged") / "sam"
-    path.mkdir()
-    stage(base_dir, path, "5GB")
-    (path / "README.md").write_text(model_card(card_facts("user/sam", read_base(str(base_dir)), FIGURES)))
-    return path
 
 
 def test_sharded_output(base_dir: Path, tmp_path: Path) -> None:
