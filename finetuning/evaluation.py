@@ -11,7 +11,7 @@ from transformers import SamProcessor
 from checkpoint_tools.checkout import SAM_TINY
 from checkpoint_tools.outputs import require_replaceable, staged
 
-from .decoding import DataError, number_of
+from .decoding import DataError, ImageReading, number_of
 from .evaluation_files import class_table, push_to_card, table, write_results
 from .layouts import name_of, read_sources
 from .model import load_adapted, load_base
@@ -35,6 +35,9 @@ from .settings import DataSettings, SettingsError
 
 
 OUTPUT = "evaluation"  # the kind of output
+HELD_OUT_ONLY = (
+    *("validation", "validation_images", "validation_masks", "validation_coco", "validation_split", "group_pattern"),
+)
 BEFORE, AFTER = "before", "after"
 
 
@@ -43,7 +46,7 @@ class EvaluationRequest:
     """What is to be evaluated, and how.
 
     Args:
-        data: Labelled images.
+        data: Labelled images. How their files become colours is among `changes`, or came with the model.
         held_out: Whether to evaluate on what the recipe holds out for validation only, as the data settings divide it.
         adapter: Folder or Hub id of an adapter.
         model: Folder or Hub id of a whole model, instead of an adapter.
@@ -75,6 +78,10 @@ class EvaluationRequest:
             raise SettingsError("--push: expected the Hub id of an adapter or a model that you may write to.")
         if self.clicks < 1:
             raise SettingsError(f"--clicks {self.clicks}: expected 1 or more.")
+        if not self.held_out:
+            for name in HELD_OUT_ONLY:
+                if getattr(self.data, name):
+                    raise SettingsError(f"--{name.replace('_', '-')}: expected --held-out, too.")
 
     @property
     def trained(self) -> str | None:
@@ -91,10 +98,11 @@ def evaluate(request: EvaluationRequest) -> dict[str, dict[str, Any]]:
     """
     sources = [*request.data.paths, request.base, request.trained]
     require_replaceable(request.output, OUTPUT, request.force, sources)
-    images, about_data = read_images(request)
+    settings = SegmentationSettings.load(request.trained or request.base or SAM_TINY).but(**request.changes)
+    images, about_data = read_images(request, settings.reading)
     number = sum(len(image.objects) for image in images)
     print(f"{about_data}: {number} objects in {len(images)} images.", flush=True)
-    scores, settings = score(request, images)
+    scores = score(request, images, settings)
     summaries = {title: summary(each, images) for title, each in scores.items()}
     classes = {title: class_summary(each, images) for title, each in scores.items()}
     facts = {"data": about_data, "images": len(images), "objects": number, "model": request.trained or request.base}
@@ -107,13 +115,19 @@ def evaluate(request: EvaluationRequest) -> dict[str, dict[str, Any]]:
     return summaries
 
 
-def read_images(request: EvaluationRequest) -> tuple[list[EvaluationImage], str]:
-    """Returns the images, and what they are.
+def read_images(request: EvaluationRequest, reading: ImageReading) -> tuple[list[EvaluationImage], str]:
+    """Returns the images, whose files are read as `reading` says, and what they are.
 
     Raises:
         DataError: With every problem of every image, or if there are no objects.
     """
-    data = request.data
+    data = replace(
+        request.data,
+        channels=list(reading.channels or ()),
+        pages=reading.pages,
+        intensity=reading.intensity.split(),
+        max_pixels=reading.max_pixels,
+    )
     if request.held_out or not (data.images or data.dataset):
         parts, about_data = read_data(replace(data, tile=None, min_area=0), mask_side=1024, seed=0)
         return [evaluation_image(sample) for sample in parts.validation], f"{about_data}, the part held out"
@@ -134,9 +148,9 @@ def read_images(request: EvaluationRequest) -> tuple[list[EvaluationImage], str]
 
 
 def score(
-    request: EvaluationRequest, images: Sequence[EvaluationImage]
-) -> tuple[dict[str, Scores], SegmentationSettings]:
-    """Returns what the model reaches before and after, as far as there are both, and the settings after."""
+    request: EvaluationRequest, images: Sequence[EvaluationImage], settings: SegmentationSettings
+) -> dict[str, Scores]:
+    """Returns what the model reaches before and, with these settings, after, as far as there are both."""
     image_size = request.changes.get("image_size")
     models: dict[str, tuple[Any, SamProcessor]] = {}
     if request.adapter:
@@ -148,14 +162,13 @@ def score(
             models[BEFORE] = load_base(base, request.revision, image_size=image_size)
         if request.model:
             models[AFTER] = load_base(request.model, image_size=image_size)
-    settings = SegmentationSettings.load(request.trained or request.base or SAM_TINY).but(**request.changes)
     scores = {}
     for title, (model, processor) in models.items():
         predictor = Predictor(model.eval().to(DEVICE), processor)
         used = settings if title == AFTER else base_settings(settings, request.changes)
         with without_adapter(model) if title == BEFORE else nullcontext():
             scores[title] = evaluate_images(predictor, images, used, request.modes, request.clicks)
-    return scores, settings
+    return scores
 
 
 def base_settings(settings: SegmentationSettings, changes: dict[str, Any]) -> SegmentationSettings:

@@ -15,6 +15,7 @@ from transformers import AutoProcessor, SamModel
 
 import evaluate
 from checkpoint_tools.checkout import SAM_TINY, split_class
+from finetuning.decoding import ImageReading
 from finetuning.metrics import detection_metrics
 from finetuning.model import load_base
 from finetuning.samples import Sample
@@ -167,6 +168,31 @@ def test_the_held_out_half_of_the_coins_by_default(tmp_path):
     assert metrics["before"]["automatic"]["labelled"] == 10
 
 
+def test_files_are_read_as_the_adapter_says(scenes, tmp_path):
+    """The scene lies in the lower part of 16 bits, where one bright spot leaves it dark unless percentiles are cut."""
+    folder = tmp_path / "deep"
+    folder.mkdir()
+    with Image.open(scenes / "images" / "3.png") as file:
+        grey = np.asarray(file.convert("L"), dtype=np.uint16)
+    grey[:2, :2] = 5000
+    Image.fromarray(grey).save(folder / "3.png")
+    (tmp_path / "masks").mkdir()
+    (tmp_path / "masks" / "3.png").write_bytes((scenes / "masks" / "3.png").read_bytes())
+    model = tmp_path / "model"
+    split_class().from_pretrained(SAM_TINY).save_pretrained(model)
+    AutoProcessor.from_pretrained(SAM_TINY).save_pretrained(model)
+    data = ["--images", folder, "--masks", tmp_path / "masks", "--model", model, "--modes", "boxes", "--output"]
+    cut, _ = run(*data, tmp_path / "cut")
+    told, _ = run(*data, tmp_path / "told", "--intensity", "min-max")
+    SegmentationSettings(reading=ImageReading(intensity="min-max")).save(model)
+    brought, _ = run(*data, tmp_path / "brought")
+    overruled, _ = run(*data, tmp_path / "overruled", "--intensity", "percentile", "1", "99.8")
+    scores = [each["after"]["boxes"] for each in (cut, told, brought, overruled)]
+    assert scores[0] == scores[3] != scores[1] == scores[2]
+    with pytest.raises(SystemExit, match=r"3\.png.* more than --max-pixels 9"):
+        run(*data, tmp_path / "large", "--max-pixels", "9")
+
+
 def test_results_are_pushed_into_the_card(scenes, adapter, hub, tmp_path):
     hub.add("user/adapter", adapter)
     options = ["--images", scenes / "images", "--masks", scenes / "masks", "--modes", "boxes", "--push"]
@@ -250,6 +276,7 @@ def test_categories_are_counted_apart():
         (["--clicks", "0"], "--clicks 0: expected 1 or more"),
         (["--images", "nothing", "--masks", "other"], "is not a folder"),
         (["--images", "nothing"], "expected --images together with --masks"),
+        (["--validation", "0.3"], "--validation: expected --held-out, too"),
         (["--min-iou", "2"], "min_iou 2.0: expected a number from 0 to 1"),
     ],
 )

@@ -450,3 +450,5 @@ def test_images_are_read_as_in_training(coins, tmp_path):
     assert (picture(other / "deep-labels.png") != expected).mean() > 0.02
     with pytest.raises(SystemExit, match="--intensity bright"):
         run(*deep, "--intensity", "bright", "--output", tmp_path / "c")
+    with pytest.raises(SystemExit, match=r"deep\.png.* more than --max-pixels 9"):
+        run(*deep, "--max-pixels", "9", "--output", tmp_path / "d")
