@@ -73,7 +73,7 @@ def write_results(
     else:
         processor.save_pretrained(weights)
         keep_known_settings(weights)
-    how_to_segment = segmentation_settings(settings)
+    how_to_segment = segmentation_settings(settings, parts)
     sweep = sweep_thresholds(
         Predictor(model.to(settings.training.device), processor),
         labelled_images([*parts.train, *parts.validation]),

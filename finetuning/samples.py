@@ -51,6 +51,8 @@ class TrainValidationParts:
         test: Samples to test on, after training.
         left_out: How many objects, images and tiles are left out, by reason.
         notes: Further remarks on how the data was read.
+        part_side: The longer side, in pixels, of the training part of an image that was divided. The model learns the
+            scale of that part, at which objects are larger than in the whole image.
     """
 
     train: list[Sample]
@@ -58,6 +60,7 @@ class TrainValidationParts:
     left_out: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
     test: list[Sample] = field(default_factory=list)
+    part_side: int | None = None
 
 
 def train_validation_parts(
@@ -91,6 +94,7 @@ def train_validation_parts(
     """
     names = [*divided(sources, 0 if own_validation else validation, seed), *["validation"] * len(own_validation)]
     names += ["test"] * len(test)
+    part_side = None
     samples: dict[str, list[Sample]] = {"train": [], "validation": [], "test": []}
     left_out, notes, problems = Counter[str](), Counter[str](), []
     every = [*sources, *own_validation, *test]
@@ -102,6 +106,7 @@ def train_validation_parts(
             spanning = np.zeros(0, dtype=int)
             if name == "train" and len(sources) == 1 and not own_validation:
                 parts = halves((height, width), validation)
+                part_side = max(edge.stop - edge.start for edge in parts["train"])
                 in_training, in_validation = (areas_of(whole.labels[..., *part])[0] for part in parts.values())
                 spanning = np.intersect1d(in_training, in_validation)
                 left_out[BETWEEN_PARTS] += len(spanning)
@@ -121,6 +126,7 @@ def train_validation_parts(
         +left_out,
         [f"{number} {what}" for what, number in notes.items()],
         samples["test"],
+        part_side,
     )
     for purpose, name in (("training", "train"), ("validation", "validation"), ("test", "test")):
         if not samples[name] and (name != "test" or test):

@@ -107,7 +107,7 @@ def build_trainer(
     callbacks.append(StopAfter(math.inf if training.minutes is None else training.minutes))
     others: Callable[[], dict[str, float]] | None = None
     if training.metric_for_best_model == AUTOMATIC:
-        predictor, how_to_segment = Predictor(model, processor), segmentation_settings(settings)
+        predictor, how_to_segment = Predictor(model, processor), segmentation_settings(settings, parts)
 
         def others() -> dict[str, float]:
             return {AUTOMATIC: best_automatic_score(predictor, parts.validation, how_to_segment)}
@@ -142,12 +142,15 @@ def build_trainer(
     return trainer
 
 
-def segmentation_settings(settings: Settings) -> SegmentationSettings:
-    """How the trained model is to be used, as far as its training says."""
+def segmentation_settings(settings: Settings, parts: TrainValidationParts) -> SegmentationSettings:
+    """How the trained model is to be used, as far as its training says.
+
+    Images are cut into tiles of the size it was trained on, if it has not seen whole images.
+    """
     switches = {None: "single-point", True: "always", False: "never"}
     return SegmentationSettings(
         image_size=settings.model.image_size,
-        tile=settings.data.tile,
+        tile=settings.data.tile or parts.part_side,
         overlap=settings.data.overlap,
         multimask=switches[settings.prompts.multimask],
         grid=settings.prompts.grid,

@@ -368,7 +368,8 @@ def test_bad_base_is_refused(tmp_path):
 
 @pytest.mark.slow
 def test_coins_are_learnt(tmp_path):
-    """The bare command, cut short."""
+    """The bare command, cut short. The adapter brings the scale of the half that it has learnt."""
     metrics = run(tmp_path / "coins", "--steps", "12", "--eval-every", "6", "--grid", "16")
     assert metrics["after"]["iou"] > metrics["before"]["iou"] + 0.05
     assert metrics["better_than_base"]
+    assert SegmentationSettings.load(tmp_path / "coins" / "adapter").tile == 303

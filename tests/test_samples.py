@@ -45,6 +45,7 @@ def test_whole_images_are_kept_for_validation():
     names = [{sample.source.name for sample in samples} for samples in (parts.train, parts.validation)]
     assert [len(held) for held in names] == [7, 3]
     assert not names[0] & names[1]
+    assert parts.part_side is None
     again = train_validation_parts(sources, MASK_SIDE, 0.3, tile=24)
     assert {sample.source.name for sample in again.validation} == names[1]
     assert {
@@ -69,6 +70,7 @@ def test_of_one_image_a_part_is_kept_and_nothing_reaches_into_both(tile, turned)
     spanning = {310, 340}  # the blocks in the middle
     assert not spanning & (train_ids | validation_ids)
     assert parts.left_out[BETWEEN_PARTS] == 2
+    assert parts.part_side == 40, "24 x 40 pixels of 48 x 40"
 
 
 def test_nothing_to_validate_on_is_said():
