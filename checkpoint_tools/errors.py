@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import os
 import pickle
 import re
@@ -23,12 +24,16 @@ REMEDIES = {
     errno.EACCES: "change its permissions, or choose another output",
     errno.EPERM: "change its permissions, or choose another output",
     errno.EROFS: "choose another output",
+    errno.EFBIG: "choose an output on another file system, which allows larger files",
     errno.EBUSY: "close what uses it, or choose another output",
 }
 NO_SPACE = "No space left on the disk"
 LONGEST = 1000  # characters of a line
 # What libraries raise for settings, or for a list of weights, of a wrong shape; to us they would be mistakes.
-MALFORMED = (AssertionError, AttributeError, IndexError, KeyError, TypeError, ZeroDivisionError)
+MALFORMED = (
+    *(AssertionError, AttributeError, IndexError, KeyError, TypeError, ZeroDivisionError),
+    json.JSONDecodeError,
+)
 TORCH_COULD_NOT_WRITE = r"unexpected pos \d+ vs \d+|file write failed"
 
 
@@ -69,7 +74,8 @@ def well_formed(source: object) -> Iterator[None]:
 
 def explained(error: BaseException) -> str:
     """Returns the message of an error, in one line or, if it has `lines`, in these; for the disk, with what to do."""
-    number, file = error_number(error), getattr(error, "filename", None)
+    number = error_number(error)
+    file = getattr(error, "filename2", None) or getattr(error, "filename", None)  # of a copy, where it goes to
     if number in REMEDIES:
         reason = NO_SPACE if number == errno.ENOSPC else os.strerror(number)
         return f"{f'{file}: ' if file else ''}{reason}: {REMEDIES[number]}."

@@ -63,7 +63,9 @@ def require_name(checkpoint: str) -> None:
     if Path(checkpoint).is_dir():
         return
     if Path(checkpoint).exists():
-        raise ValueError(f"{checkpoint} is a file: expected a folder, or the Hub id of a model.")
+        raise ValueError(
+            f"{checkpoint} is a file: expected a folder, or the Hub id of a model. (convert.py from-meta reads files.)"
+        )
     try:
         validate_repo_id(checkpoint)
     except HFValidationError as error:

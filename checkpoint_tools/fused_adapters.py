@@ -23,6 +23,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import nn
 
+from .errors import well_formed
 from .messages import listing
 from .trainer_checkpoints import check_finite
 
@@ -58,6 +59,7 @@ class Adapter:
         Raises:
             ValueError: If it is not a plain LoRA, fully described by its two matrices and its scaling.
         """
+        require_adapter(source)
         folder = Path(source) if Path(source).is_dir() else Path(snapshot_download(source, allow_patterns="adapter_*"))
         config = read_config(folder / "adapter_config.json")
         if config.get("peft_type") != "LORA":
@@ -144,7 +146,8 @@ def with_adapter(model: nn.Module, adapter: str | Path, revision: str | None = N
         ValueError: If the adapter is not that of such a model, or not complete.
     """
     source = str(adapter)
-    with warnings.catch_warnings():
+    require_adapter(source)
+    with warnings.catch_warnings(), well_formed(source):
         warnings.filterwarnings("ignore", "Found missing adapter keys", UserWarning)
         try:
             adapted = PeftModel.from_pretrained(model, source, revision=revision)
@@ -155,7 +158,12 @@ def with_adapter(model: nn.Module, adapter: str | Path, revision: str | None = N
                 raise ValueError(f"{message} {source} is for the qkv of stock SAM: {ADVICE}.") from error
             raise
     expected = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
-    stored = load_peft_weights(source, device="cpu", revision=revision).keys()
+    weights = load_peft_weights(source, device="cpu", revision=revision)
+    if broken := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
+        raise ValueError(
+            f"{source} holds NaN or infinity in {listing(broken)}: diverged training leaves such weights."
+        )
+    stored = weights.keys()
     if missing := expected - stored:
         raise ValueError(f"The file of the adapter {source} lacks {listing(missing)}, which its configuration names.")
     if foreign := stored - expected:
@@ -164,6 +172,23 @@ def with_adapter(model: nn.Module, adapter: str | Path, revision: str | None = N
             "adapter was trained on, and its own configuration."
         )
     return adapted
+
+
+def require_adapter(source: str) -> None:
+    """Checks that a folder holds an adapter, which PEFT would otherwise look for on the Hub.
+
+    Raises:
+        ValueError: If it does not.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        return
+    if not (folder / "adapter_config.json").is_file():
+        others = [path.parent.name for path in sorted(folder.glob("*/adapter_config.json"))]
+        advice = f": choose one of those in {', '.join(others)}" if others else ""
+        raise ValueError(f"{source} has no adapter_config.json, as PEFT saves it with an adapter{advice}.")
+    if not any((folder / f"adapter_model.{suffix}").is_file() for suffix in ("safetensors", "bin")):
+        raise ValueError(f"{source} has no adapter_model.safetensors: expected the weights of the adapter.")
 
 
 def read_config(file: Path) -> dict[str, Any]:

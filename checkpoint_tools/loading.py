@@ -1,14 +1,12 @@
 """Loads any SAM v1, stock or split, as a split model, and makes the processor that fits a model."""
 
-from pathlib import Path
-
 import torch
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 from torch import nn
 from transformers import PreTrainedModel, SamConfig, SamModel, SamProcessor
 
 from .checkout import split_class
 from .errors import well_formed
+from .sources import require_name
 
 
 VISION_TYPES = ("sam_vision_model", "sam_split_vision_model")
@@ -44,11 +42,7 @@ def model_type(source: str, revision: str | None = None) -> str | None:
     Raises:
         ValueError: If there is no such folder, and it is no id of the Hub either; or if it is quantized.
     """
-    if not Path(source).is_dir():
-        try:
-            validate_repo_id(source)
-        except HFValidationError as error:
-            raise ValueError(f"{source}: there is no such folder, and an id of the Hub is USER/NAME.") from error
+    require_name(source)
     with well_formed(source):
         settings = SamConfig.get_config_dict(source, revision=revision)[0]
         if "quantization_config" in settings:

@@ -74,8 +74,8 @@ def staged_file(
     The block must call `mark_archive`.
     """
     destination = destination.resolve()
-    if destination.is_dir():
-        raise FileExistsError(f"{destination} is a folder, expected a file: choose another name.")
+    if destination.exists() and not destination.is_file():  # a folder, or a device, which would not be read to its end
+        raise FileExistsError(f"{destination} is not a file: choose another name.")
     require_replaceable(destination, kind, force, sources)
     beside = destination.parent / f".{destination.name}{PARTIAL}"
     with partial_folder(beside, leftovers=(beside,)) as partial:
@@ -198,6 +198,8 @@ def partial_folder(path: Path, leftovers: Iterable[Path]) -> Iterator[Path]:
         FileExistsError: If another run is using one of them.
     """
     for leftover in leftovers:
+        if leftover.is_symlink() or leftover.is_file():
+            raise FileExistsError(f"{leftover} is in the way, and no command wrote it: move it away.")
         if leftover.is_dir():
             with locked(leftover):
                 shutil.rmtree(leftover)

@@ -77,6 +77,8 @@ def unpacked(file: Path) -> tuple[Any, list[str]]:
     Raises:
         ValueError: If it is damaged, or cannot be read without running code of it.
     """
+    if file.is_fifo():  # which would never end
+        raise ValueError(f"{file} is a pipe: expected a file.")
     with file.open("rb"):  # a file that cannot be opened is an OSError
         pass
     if file.suffix != ".safetensors":

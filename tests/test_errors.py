@@ -37,6 +37,10 @@ PHOTO = str(ROOT / "docs" / "images" / "coins.png")
         (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"), "No space left on"),
         (PermissionError(errno.EACCES, "Permission denied", "out"), "out: Permission denied: change its permissions"),
         (OSError(errno.EROFS, "Read-only file system", "out"), "out: Read-only file system: choose another output."),
+        (
+            SafetensorError("I/O error: File too large (os error 27)"),
+            "File too large: choose an output on another file",
+        ),
         (OSError(errno.EBUSY, "Device or resource busy", "out"), "out: Device or resource busy: close what uses it"),
         (FileNotFoundError(errno.ENOENT, "No such file or directory", "in"), "in: No such file or directory."),
         (OSError("many\nlines"), "many lines"),

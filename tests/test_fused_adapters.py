@@ -378,7 +378,42 @@ def test_weights_that_are_not_numbers(load, stock_dir, tmp_path, refused):
     assert "adapter holds NaN or infinity in" in refused(f"adapter-to-fused adapter out --base {stock_dir}")
 
 
+MERGED = {
+    "a rank that is a word": ({"r": "a"}, "wrong value (TypeError"),
+    "targets that are a number": ({"target_modules": 3}, "wrong value (TypeError"),
+    "patterns that are a list": ({"rank_pattern": [1]}, "wrong value (AttributeError"),
+}
+
+
+@pytest.mark.parametrize("case", MERGED)
+def test_a_malformed_adapter_is_not_merged(case, load, split_dir, tmp_path, refused):
+    change, message = MERGED[case]
+    write(load(), lora(target_modules=["q", "v"]), tmp_path / "adapter")
+    rewrite(tmp_path / "adapter", change)
+    assert message in refused(f"to-sam {split_dir} out --adapter adapter")
+
+
+def test_an_adapter_without_numbers_is_not_merged(load, split_dir, tmp_path, refused):
+    write(load(), lora(target_modules=["q", "v"]), tmp_path / "adapter")
+    rewrite(tmp_path / "adapter", value=lambda tensor: tensor * torch.nan)
+    assert "adapter holds NaN or infinity in" in refused(f"to-sam {split_dir} out --adapter adapter")
+
+
+def test_a_folder_without_its_weights_is_not_looked_for_on_the_hub(load, split_dir, tmp_path, refused):
+    adapted = write(load(), lora(target_modules=["q", "v"]), tmp_path / "adapter")
+    adapted.add_adapter("other", lora(target_modules=["k"]))
+    adapted.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
+    assert "adapter has no adapter_model.safetensors" in refused(f"to-sam {split_dir} out --adapter adapter")
+    (tmp_path / "adapter" / "adapter_config.json").unlink()
+    for command in (f"to-sam {split_dir} out --adapter adapter", f"adapter-to-fused adapter out --base {split_dir}"):
+        assert (
+            "adapter has no adapter_config.json, as PEFT saves it with an adapter: choose one of those in other"
+            in (refused(command))
+        )
+
+
 def test_no_such_base(load, tmp_path, refused):
     write(load(), lora(target_modules=["q", "v"]), tmp_path / "adapter")
     message = refused("adapter-to-fused adapter out --base ./no/such/folder")
-    assert "./no/such/folder: there is no such folder, and an id of the Hub is USER/NAME" in message
+    assert "./no/such/folder: there is no such folder, and it is no Hub id, which is USER/NAME" in message

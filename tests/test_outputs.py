@@ -1,5 +1,6 @@
 """Outputs are written whole or not at all, and never over anything but an earlier output of the same kind."""
 
+import os
 import shutil
 import signal
 import subprocess
@@ -194,8 +195,28 @@ def test_refuses_a_file_for_a_folder_and_a_folder_for_a_file(tmp_path: Path):
     (tmp_path / "model").write_text("old")
     with pytest.raises(FileExistsError, match="is a file"):
         write(tmp_path / "model", force=True)
-    with pytest.raises(FileExistsError, match="is a folder"), staged_file(tmp_path, "test", force=True):
+    with pytest.raises(FileExistsError, match="is not a file"), staged_file(tmp_path, "test", force=True):
         raise AssertionError("not reached")
+
+
+def test_pipes_and_devices_are_no_files(tmp_path: Path, split_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which would be waited for, or read without an end."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    assert "is not a file" in convert_error(monkeypatch, "to-meta", split_dir, pipe, "--force")
+    assert "is not a file" in convert_error(monkeypatch, "to-meta", split_dir, "/dev/null", "--force")
+    assert "is a pipe" in convert_error(monkeypatch, "from-meta", pipe, tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_what_has_the_name_of_a_leftover_is_not_touched(kind: str, tmp_path: Path) -> None:
+    leftover = tmp_path / f".model{PARTIAL}"
+    (tmp_path / "mine").mkdir()
+    leftover.write_text("mine") if kind == "file" else leftover.symlink_to(tmp_path / "mine")
+    with pytest.raises(FileExistsError, match="is in the way, and no command wrote it"):
+        write(tmp_path / "model")
+    assert leftover.is_symlink() == (kind == "link")
+    assert leftover.exists()
 
 
 def test_marked_files(tmp_path: Path) -> None:
