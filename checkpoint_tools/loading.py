@@ -6,7 +6,7 @@ from transformers import PreTrainedModel, SamConfig, SamModel, SamProcessor
 
 from .checkout import split_class
 from .errors import well_formed
-from .sources import require_name
+from .fetching import require_name
 
 
 VISION_TYPES = ("sam_vision_model", "sam_split_vision_model")
