@@ -32,11 +32,11 @@ def main(arguments: list[str] | None = None) -> None:
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", help="folder or Hub id of a SAM v1 (default: that of the adapter, or sam-tiny)")
-    parser.add_argument("--revision", help="of the base, on the Hub")
+    parser.add_argument("--revision", help="branch, tag or commit of the base on the Hub")
     parser.add_argument("--adapter", help="folder or Hub id of an adapter")
-    parser.add_argument("--adapter-revision", help="of the adapter, on the Hub")
+    parser.add_argument("--adapter-revision", help="branch, tag or commit of the adapter on the Hub")
     parser.add_argument("--images", type=Path, help="folder of images to choose from (default: the coins)")
-    parser.add_argument("--port", type=int, help="of the page (default: a free one from 7860)")
+    parser.add_argument("--port", type=int, help="port of the page (default: a free one from 7860)")
     add_reading_arguments(add_arguments(parser))
     args = parser.parse_args(arguments)
     if args.port is not None and not 0 < args.port < 2**16:

@@ -38,30 +38,42 @@ def parse_args() -> argparse.Namespace:
         return command
 
     def add_base_model(command: argparse.ArgumentParser, kind: str = "split") -> None:
-        summary = f"Hub id that the new adapter is to name, of a {kind} model like its base"
+        summary = f"Hub id of a {kind} model equal to the base, for the new adapter to name"
         command.add_argument("--base-model", metavar="USER/NAME", help=summary)
 
     model, adapter = (str, "folder or Hub id of a model"), (str, "folder or Hub id of a LoRA adapter")
     folder, file = (Path, "folder to write"), (Path, "a checkpoint in Meta's layout, such as sam_vit_b_01ec64.pth")
     command = add(to_sam, "split model to stock SamModel", source=model, destination=folder)
     command.add_argument("--adapter", help="folder or Hub id of a PEFT adapter, to be merged")
-    command.add_argument("--dtype", choices=DTYPES, help="of the weights to write, by default that of SOURCE")
+    command.add_argument("--dtype", choices=DTYPES, help="dtype of the weights to write (that of SOURCE)")
     add(to_split, "stock SamModel to split model", source=model, destination=folder)
     command = add(from_meta, "Meta's layout to split model", file=file, destination=folder)
     command.add_argument("--stock", action="store_true", help="write a stock SamModel instead")
-    command.add_argument("--decoder-heads", type=int, help="of the decoder, if not Meta's 8 (no file records them)")
+    command.add_argument(
+        "--decoder-heads", type=int, help="attention heads of the decoder (Meta's 8): no file records them"
+    )
     for name in ("mean", "std"):
         summary = f"{name} of the training images, for values of 0 to 1 (ImageNet's)"
         command.add_argument(f"--image-{name}", nargs=3, type=float, metavar=("R", "G", "B"), help=summary)
     command.add_argument(
-        "--rescale", choices=["min-max"], help="if each training image was stretched to 0 to 1, as for MedSAM"
+        "--rescale",
+        choices=["min-max"],
+        help="if each training image was stretched to 0 to 1, as by MedSAM",
     )
     add(to_meta, "split or stock model to Meta's layout", source=model, file=file)
     command = add(to_onnx, "split or stock model to ONNX: an encoder and a decoder", source=model, destination=folder)
-    command.add_argument("--interface", choices=INTERFACES, default="transformers", help="whose names the files have")
+    command.add_argument(
+        "--interface", choices=INTERFACES, default="transformers", help="which tools the files are for"
+    )
     command.add_argument("--adapter", help="folder or Hub id of a PEFT adapter, to be merged")
-    command.add_argument("--dtype", choices=DTYPES[:2], default="float32", help="of the weights, not of the inputs")
-    command.add_argument("--all-masks", action="store_true", help="of sam: return four masks, not the one to prefer")
+    command.add_argument(
+        "--dtype", choices=DTYPES[:2], default="float32", help="dtype of the weights, not of the inputs"
+    )
+    command.add_argument(
+        "--all-masks",
+        action="store_true",
+        help="of sam: return all four masks, not one of them",
+    )
     for function, summary, kind in (
         (adapter_to_fused, "LoRA of q, k, v to LoRA of stock SAM's qkv", "stock"),
         (adapter_to_split, "LoRA of stock SAM's qkv to LoRA of q, k, v", "split"),
@@ -79,7 +91,7 @@ def parse_args() -> argparse.Namespace:
     file = (Path, "a checkpoint of micro-sam, such as best.pt")
     command = add(from_micro_sam, "LoRA or FacT of micro-sam to LoRA, and its base", file=file, destination=folder)
     command.add_argument("--base", help="a model to use instead of the one in FILE")
-    command.add_argument("--decoder-heads", type=int, help="of the decoder, if not Meta's 8")
+    command.add_argument("--decoder-heads", type=int, help="attention heads of the decoder, if not Meta's 8")
     add_base_model(command)
     return parser.parse_args()
 

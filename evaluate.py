@@ -70,8 +70,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("model")
     group.add_argument("--adapter", help="folder or Hub id of an adapter")
     group.add_argument("--model", help="folder or Hub id of a whole model, instead of an adapter")
-    group.add_argument("--base", help="folder or Hub id of the model before (that of the adapter, or sam-tiny)")
-    group.add_argument("--revision", help="of the base, on the Hub")
+    group.add_argument("--base", help="folder or Hub id of the base to compare with (the adapter's, or sam-tiny)")
+    group.add_argument("--revision", help="branch, tag or commit of the base on the Hub")
 
     group = parser.add_argument_group("what to evaluate")
     group.add_argument("--held-out", action="store_true", help="only what finetune.py holds out for validation")
@@ -81,7 +81,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add_arguments(parser)
 
     group = parser.add_argument_group("output")
-    group.add_argument("--output", type=Path, default=Path("build/evaluate"), help="folder for all results")
+    group.add_argument(
+        "--output", type=Path, default=Path("build/evaluate"), help="folder for all results (%(default)s)"
+    )
     group.add_argument("--force", action="store_true", help="replace what an earlier run wrote there")
     group.add_argument("--push", action="store_true", help="write the results into the adapter's card on the Hub")
     args = parser.parse_args(arguments)

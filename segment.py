@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def parse_args(arguments: list[str] | None = None) -> SegmentationRequest:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("images", type=Path, nargs="+", help="PNG, JPEG or TIFF files, or folders of them")
+    parser.add_argument("images", type=Path, nargs="+", help="PNG, JPEG, TIFF, BMP or WebP files, or folders of them")
     group = parser.add_argument_group("what to segment")
     group.add_argument("--everything", action="store_true", help="all objects, from a grid of points")
     for name, numbers, text in (
@@ -42,12 +42,12 @@ def parse_args(arguments: list[str] | None = None) -> SegmentationRequest:
             name, dest="prompts", nargs=len(numbers), type=float, action=Prompt, default=[], metavar=numbers, help=text
         )
     group.add_argument("--coco", type=Path, help="the boxes of COCO annotations, such as a detector's")
-    group.add_argument("--masks", type=Path, help="label image, or folder of them, with rough masks to refine")
+    group.add_argument("--masks", type=Path, help="rough masks to refine: a label image, or a folder of them")
 
     group = parser.add_argument_group("model")
     group.add_argument("--adapter", help="folder or Hub id of an adapter")
     group.add_argument("--base", help="folder or Hub id of a SAM v1 (default: that of the adapter, or sam-tiny)")
-    group.add_argument("--revision", help="of the base, on the Hub")
+    group.add_argument("--revision", help="branch, tag or commit of the base on the Hub")
 
     group = add_arguments(parser)
     add_reading_arguments(group)
@@ -55,11 +55,13 @@ def parse_args(arguments: list[str] | None = None) -> SegmentationRequest:
         "--pipeline",
         choices=("ours", "stock"),
         default="ours",
-        help="stock is that of transformers for --everything: masks as they are, and duplicates are found by boxes",
+        help="stock: for --everything, the pipeline of transformers, which cleans no masks and compares boxes",
     )
 
     group = parser.add_argument_group("output")
-    group.add_argument("--output", type=Path, default=Path("build/segment"), help="folder for all results")
+    group.add_argument(
+        "--output", type=Path, default=Path("build/segment"), help="folder for all results (%(default)s)"
+    )
     group.add_argument("--force", action="store_true", help="replace what an earlier run wrote there")
     group.add_argument("--table", action="store_true", help="also write objects.csv: area, box and scores")
     args = parser.parse_args(arguments)

@@ -1,7 +1,3 @@
 """What `finetune.py`, `segment.py` and `evaluate.py` are made of."""
 
-import logging
-
-
-# PEFT imports bitsandbytes, which warns of an optional package for 4-bit weights on CPUs.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+import checkpoint_tools as checkpoint_tools  # imports nothing, and quietens what PEFT imports

@@ -114,10 +114,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """Adds the options that all commands have for these settings, None by default, and returns their group."""
     group = parser.add_argument_group("settings", "By default those that came with the model, or SAM's own.")
     group.add_argument("--image-size", type=int, help="side to which images or tiles are scaled, in pixels")
-    group.add_argument("--tile", type=int, help="cut larger images into tiles of so many pixels")
-    group.add_argument("--overlap", type=float, help="what neighbouring tiles share, of a side (0.25)")
+    group.add_argument("--tile", type=int, help="cut larger images into tiles of this side, in pixels")
+    group.add_argument("--overlap", type=float, help="overlap of neighbouring tiles, as a share of their side (0.25)")
     group.add_argument("--multimask", choices=MULTIMASK, help="when to choose among three masks (single-point)")
-    group.add_argument("--grid", type=int, help="points along a side of the grid of automatic masks (32)")
+    group.add_argument("--grid", type=int, help="points along a side of the grid for automatic masks (32)")
     group.add_argument("--min-iou", type=float, help="lowest predicted IoU of automatic masks (0.88)")
     group.add_argument("--min-stability", type=float, help="lowest stability score of automatic masks (0.95)")
     group.add_argument("--max-overlap", type=float, help="highest IoU of two automatic masks (0.5)")
@@ -126,8 +126,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
 
 def add_reading_arguments(group: argparse._ArgumentGroup) -> None:
     """Adds the options for images that say too little of themselves, None by default."""
-    group.add_argument("--channels", type=int, nargs="+", help="bands that are red, green and blue, from 1")
-    group.add_argument("--pages", help="number of the page, from 1, of files with several")
+    group.add_argument(
+        "--channels",
+        type=int,
+        nargs="+",
+        help="bands that are red, green and blue, from 1; one for grey",
+    )
+    group.add_argument("--pages", help="page to read of files with several, from 1")
     group.add_argument("--intensity", help="what becomes 0 and 255: 'percentile LOW HIGH', min-max or dtype")
     group.add_argument("--max-pixels", type=int, help="pixels of the largest image to decode")
 

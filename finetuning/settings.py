@@ -33,9 +33,9 @@ class DataSettings(SourceSettings):
     validation: float | None = HfArg(
         default=None, help="share held out for validation (0.2 of the images, or 0.5 of a single image)"
     )
-    tile: int | None = HfArg(default=None, help="cut images into tiles of so many pixels")
+    tile: int | None = HfArg(default=None, help="cut larger images into tiles of this side, in pixels")
     overlap: float = HfArg(default=0.25, help="overlap of neighbouring tiles, as a share of the tile side")
-    min_area: int = HfArg(default=4, help="smallest object, in pixels of the predicted masks")
+    min_area: int = HfArg(default=4, help="leave out objects of fewer pixels in the predicted masks")
     augment: list[str] = HfArg(
         default_factory=lambda: ["turn"],
         help="a part of the image, mirrored (crop), and turned as well (turn); other brightness, contrast and gamma "
@@ -104,8 +104,8 @@ class PromptSettings:
     prompts: Literal["mixed", "point", "box"] = HfArg(
         default="mixed", aliases=["--prompt"], help="first prompts: points and boxes (mixed), or one of them"
     )
-    points: int = HfArg(default=1, help="points in each object")
-    negative_points: int = HfArg(default=0, help="points beside each object")
+    points: int = HfArg(default=1, help="points inside each object")
+    negative_points: int = HfArg(default=0, help="points outside each object")
     rounds: int = HfArg(default=0, help="corrective clicks after the first prompts")
     objects: int = HfArg(default=6, help="objects per image and training step")
     multimask: bool | None = HfArg(
@@ -115,7 +115,8 @@ class PromptSettings:
     )
 
     grid: int = HfArg(
-        default=32, help="points along a side of the grid that finds all objects, to choose thresholds for it"
+        default=32,
+        help="points along a side of the grid for automatic masks, to choose their thresholds",
     )
 
     def __post_init__(self) -> None:
@@ -134,31 +135,31 @@ class ModelSettings:
     _argument_group_name: ClassVar[str] = "model"
 
     base: str = HfArg(default=str(SAM_TINY), help="folder or Hub id of a SAM v1, stock or split")
-    revision: str | None = HfArg(default=None, help="of the base, on the Hub")
+    revision: str | None = HfArg(default=None, help="branch, tag or commit of the base on the Hub")
     base_model: str | None = HfArg(
-        default=None, help="Hub id that the adapter and its card are to name, of a split model like the base"
+        default=None, help="Hub id of a split model equal to the base, for the adapter and its card to name"
     )
     image_size: int | None = HfArg(
         default=None, help="side to which images are scaled (192 for sam-tiny, else the base's own)"
     )
     method: Literal["lora", "full", "decoder"] = HfArg(
         default="lora",
-        help="in the vision encoder, adapters or all weights; or the mask decoder alone",
+        help="train adapters of the vision encoder (lora), all of its weights (full), or the mask decoder alone",
     )
     target: list[str] = HfArg(default_factory=lambda: ["q", "v"], help="Linears of the vision layers to adapt")
     rank: int = HfArg(default=16, help="LoRA rank")
     alpha: float = HfArg(default=32.0, help="LoRA alpha")
     dropout: float = HfArg(default=0.1, help="LoRA dropout")
-    dora: bool = HfArg(default=False, help="DoRA adapters")
-    rslora: bool = HfArg(default=False, help="rsLoRA's scaling of the adapters")
-    last_layers: int | None = HfArg(default=None, help="adapt so many of the last layers only")
+    dora: bool = HfArg(default=False, help="train DoRA adapters")
+    rslora: bool = HfArg(default=False, help="scale the adapters as rsLoRA does")
+    last_layers: int | None = HfArg(default=None, help="adapt only this number of last layers")
     train_decoder: Literal["full", "lora", "none"] = HfArg(
-        default="full", help="the mask decoder too: all of its weights, adapters, or nothing"
+        default="full", help="what to train of the mask decoder: all weights, adapters, or nothing"
     )
-    load_in_4bit: bool = HfArg(default=False, help="quantize the base")
+    load_in_4bit: bool = HfArg(default=False, help="quantize the base to 4 bits, with bitsandbytes")
     cache_embeddings: Path | None = HfArg(
         default=None,
-        help="folder to keep the encoder's output in: with --method decoder it runs once for each image, and images "
+        help="folder to store the encoder's outputs in, for --method decoder: it runs once for each image, and images "
         "are not augmented",
     )
 
@@ -189,11 +190,11 @@ class OutputSettings:
 
     _argument_group_name: ClassVar[str] = "output"
 
-    check: bool = HfArg(default=False, help="stop after the data was read, with pictures of it as data.png")
+    check: bool = HfArg(default=False, help="read the data, draw some of it as data.png, and stop")
     preset: Literal["8gb", "16gb", "24gb", "cpu"] | None = HfArg(
-        default=None, help="batch size and ways to save memory for a GPU of so much memory, or for a CPU"
+        default=None, help="batch size and memory savings for a GPU of this memory, or for a CPU"
     )
-    resume: bool = HfArg(default=False, help="go on from the last checkpoint in --output")
+    resume: bool = HfArg(default=False, help="continue from the last checkpoint in --output")
     force: bool = HfArg(default=False, help="replace what an earlier run left in --output")
     export: list[str] = HfArg(
         default_factory=list,

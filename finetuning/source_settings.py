@@ -21,9 +21,10 @@ class SourceSettings:
     _argument_group_name: ClassVar[str] = "data"
 
     images: Path | None = HfArg(
-        default=None, help="folder of PNG, JPEG, TIFF, BMP or WebP images, and of folders of them (a photo of coins)"
+        default=None,
+        help="folder of PNG, JPEG, TIFF, BMP or WebP images, with its subfolders (a photo of coins)",
     )
-    masks: Path | None = HfArg(default=None, help="folder of PNG, TIFF, BMP or WebP label images, named as the images")
+    masks: Path | None = HfArg(default=None, help="folder of PNG, TIFF, BMP or WebP masks, named like the images")
     coco: Path | None = HfArg(
         default=None, help="COCO annotations of the images, instead of masks: a file, or a folder with train*.json ..."
     )

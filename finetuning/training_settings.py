@@ -41,20 +41,20 @@ class TrainingSettings(TrainingArguments):
         *("auto_find_batch_size", "average_tokens_across_devices", "resume_from_checkpoint", "neftune_noise_alpha"),
     )
 
-    output_dir: str = HfArg(default="build/finetune", aliases=["--output"], help="folder for all results")
+    output_dir: str = HfArg(default="build/finetune", aliases=["--output"], help="results folder")
     max_steps: int = HfArg(default=200, aliases=["--steps"], help="optimizer steps")
     minutes: float | None = HfArg(default=None, help="time limit of training, in minutes")
     per_device_train_batch_size: int = HfArg(default=4, aliases=["--batch-size"], help="images per process and batch")
-    gradient_accumulation_steps: int = HfArg(default=1, aliases=["--accumulate"], help="batches of a step")
+    gradient_accumulation_steps: int = HfArg(default=1, aliases=["--accumulate"], help="batches per optimizer step")
     learning_rate: float | None = HfArg(
         default=None, help="highest learning rate (1e-3, or 1e-4 if all weights of the encoder are trained)"
     )
     lr_scheduler_type: SchedulerType | str = HfArg(
-        default="cosine", aliases=["--schedule"], help="course of the learning rate"
+        default="cosine", aliases=["--schedule"], help="learning rate schedule"
     )
     warmup_steps: float = HfArg(default=0.05, help="steps until the learning rate is highest; a share if less than 1")
-    weight_decay: float = HfArg(default=0.01, help="of AdamW")
-    loss: Literal["cross-entropy", "focal"] = HfArg(default="cross-entropy", help="beside dice")
+    weight_decay: float = HfArg(default=0.01, help="weight decay of AdamW")
+    loss: Literal["cross-entropy", "focal"] = HfArg(default="cross-entropy", help="pixel loss, added to dice loss")
     eval_steps: int = HfArg(
         default=50, aliases=["--eval-every"], help="steps from one validation and checkpoint to the next"
     )
@@ -67,8 +67,8 @@ class TrainingSettings(TrainingArguments):
     patience: int = HfArg(default=5, help="validations without improvement before training stops; 0 for never")
     gradient_checkpointing: bool = HfArg(default=False, help="compute activations again in backward")
     bf16: bool = HfArg(default=False, help="train in bfloat16 autocast")
-    seed: int = HfArg(default=0, help="of all that is drawn")
-    dataloader_num_workers: int = HfArg(default=0, aliases=["--workers"], help="processes that prepare the data")
+    seed: int = HfArg(default=0, help="seed of all random choices")
+    dataloader_num_workers: int = HfArg(default=0, aliases=["--workers"], help="processes that load the data")
     push_to_hub: str | None = HfArg(
         default=None,
         help="upload what was trained to this model repo, or to that of --hub-model-id",
