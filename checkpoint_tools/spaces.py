@@ -237,6 +237,7 @@ def readme(repo_id: str, model: PinnedModel, card: BaseCard, licence: Licence) -
         "sdk_version": version("gradio"),
         "python_version": f"{sys.version_info.major}.{sys.version_info.minor}",  # for which the requirements exist
         "app_file": "app.py",
+        "short_description": "Click on an object to see its mask",  # the Hub takes at most 60 characters
         "models": [each for each in (model.adapter, model.base) if each],
         "license": licence.id or UNKNOWN,
         "license_name": licence.name,

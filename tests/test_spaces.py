@@ -1,12 +1,13 @@
 """Spaces: what is staged, that it starts from there, and what the Hub gets."""
 
+import ast
 import inspect
 import json
 import re
 import runpy
 import shutil
 import sys
-from importlib.metadata import version
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,16 @@ On ten coins that it has not seen:
 def upload(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     monkeypatch.setattr(sys, "argv", ["upload.py", *arguments])
     runpy.run_path(str(ROOT / "upload.py"), run_name="__main__")
+
+
+def imported_by(folder: Path) -> set[str]:
+    """The distributions that the Python files of a folder import, in their functions, too."""
+    nodes = [node for path in folder.rglob("*.py") for node in ast.walk(ast.parse(path.read_text()))]
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
+    roots = {name.partition(".")[0] for name in names} - set(sys.stdlib_module_names)
+    roots = {root for root in roots if not any((folder / f"{root}{ending}").exists() for ending in ("", ".py"))}
+    return {packages_distributions().get(root, [root])[0] for root in roots}
 
 
 @pytest.fixture
@@ -106,6 +117,7 @@ def test_the_models_are_pinned_and_described(models, monkeypatch, answers, tmp_p
     card = RepoCard.load(tmp_path / "space" / "README.md", repo_type="space")
     data = card.data.to_dict()
     assert (data["sdk"], data["sdk_version"], data["app_file"]) == ("gradio", version("gradio"), "app.py")
+    assert 0 < len(data["short_description"]) <= 60
     assert data["python_version"] == f"{sys.version_info.major}.{sys.version_info.minor}"
     assert (data["models"], data["license"]) == (["user/coins", "user/tiny"], "mit")
     assert "On ten coins that it has not seen:\n\n| | before | after |" in card.text
@@ -122,6 +134,8 @@ def test_the_models_are_pinned_and_described(models, monkeypatch, answers, tmp_p
     pins = (tmp_path / "space" / "requirements.txt").read_text().splitlines()
     assert {f"transformers=={version('transformers')}", f"peft=={version('peft')}"} <= {*pins}
     assert not [pin for pin in pins if "+" in pin or pin.startswith("gradio")]
+    missing = imported_by(tmp_path / "space") - {pin.partition("==")[0] for pin in pins} - {"gradio", "spaces"}
+    assert not missing, "the Space would not start"
 
 
 def test_an_unknown_licence_stays_unknown(models, monkeypatch, answers, tmp_path):
