@@ -188,6 +188,7 @@ plt.figure(figsize=(6, 2.5), layout="constrained")
 plt.plot(losses)
 plt.xlabel("step")
 plt.ylabel("loss")
+plt.show()
 # %% [markdown]
 # ## Before and after
 
@@ -202,7 +203,7 @@ panels = {
 figure, axes = plt.subplots(1, 3, figsize=(11, 5.5), layout="constrained")
 for axis, (title, shown) in zip(axes, panels.items(), strict=True):
     axis.imshow(outlined(image, shown))
-    axis.plot(*np.array([deepest(labels == number)[0][::-1] for number in object_ids(labels)]).T, "c+", markersize=9)
+    axis.plot(*np.array([deepest(labels == number)[0][::-1] for number in object_ids(labels)]).T, "c+", ms=12, mew=2)
     axis.set_title(title)
     axis.axis("off")
 
@@ -289,7 +290,9 @@ for number, segment in enumerate(segments, start=1):
     numbered[segment.full(labels.shape)] = number
 plt.figure(figsize=(4.5, 6), layout="constrained")
 plt.imshow(outlined(image, numbered))
+plt.title(f"found with no prompt: {len(segments)} objects")
 plt.axis("off")
+plt.show()
 # %% [markdown]
 # ## Keep it: an adapter, or a stock model
 #

@@ -23,6 +23,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 OPTIONS += ["--disable-sync", "--no-first-run", "--disable-quic"]
 COINS = (384, 303)  # width and height
+WIDTH = 1100  # of the page, at which its text can be read where GitHub shows it smaller
 MILLISECONDS = 40_000  # to wait for an answer
 
 
@@ -55,13 +56,15 @@ def app(*arguments: str, script: Path = ROOT / "app.py", **environment: str) -> 
 
 
 @contextmanager
-def browser(url: str, dark: bool = False, height: int = 900) -> Iterator[Page]:
+def browser(url: str, dark: bool = False, height: int = 900, scale: float = 1) -> Iterator[Page]:
     """Opens the page and waits until it shows the coins. Fails at any request to elsewhere."""
     elsewhere: list[str] = []
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=OPTIONS)
         page = chromium.new_page(
-            viewport={"width": 1280, "height": height}, color_scheme="dark" if dark else "light", accept_downloads=True
+            viewport={"width": WIDTH, "height": height},
+            device_scale_factor=scale,
+            color_scheme="dark" if dark else "light",
         )
         page.set_default_timeout(MILLISECONDS)
         page.on("request", lambda request: elsewhere.append(request.url))
@@ -114,7 +117,7 @@ def press(page: Page, name: str) -> None:
 
 def download(page: Page, ending: str, folder: Path) -> Path:
     """Makes the files, and downloads the one whose name ends so."""
-    page.get_by_role("button", name="Make files to download").click()
+    page.get_by_role("button", name="Make files").click()
     link = page.locator(f"a[download$='{ending}']")
     link.wait_for()
     with page.expect_download() as waiting:
@@ -136,19 +139,18 @@ def main(adapter: str) -> None:
     """Takes the pictures."""
     folder = ROOT / "docs" / "images"
     with app("--adapter", adapter) as url:
-        with browser(url, height=720) as page:
+        with browser(url, height=900, scale=1.5) as page:
             click(page, 335, 43)
             press(page, "Next object")
             click(page, 46, 125)
             press(page, "Next object")
-            page.get_by_text("Box: two clicks").click()
-            click(page, 146, 235)
-            click(page, 207, 294)
+            page.get_by_text("Box", exact=True).click()
+            drag(page, (146, 235), (207, 294))
             save_picture(page, folder / "app.jpg")
             page.get_by_role("tab", name="Before and after").click()
             page.get_by_text("Objects: 3 before").wait_for()
             save_picture(page, folder / "app-before-after.jpg")
-        with browser(url, dark=True, height=720) as page:
+        with browser(url, dark=True, height=900, scale=1.5) as page:
             page.get_by_role("tab", name="All objects").click()
             press(page, "Find all objects")
             save_picture(page, folder / "app-all-objects.jpg")

@@ -126,7 +126,7 @@ def test_two_clicks_make_a_box(coins, stock):
 def test_objects_are_kept_chosen_removed_and_brought_back(coins):
     first = actions.add_click(coins, COIN, "inside")
     assert [label for label, _ in choices_of(first)] == [
-        f"{name} · {mask.rating:.2f}" for name, mask in zip(["A", "B", "C", "Single"], first.masks, strict=True)
+        f"{name} {mask.rating:.2f}" for name, mask in zip(["A", "B", "C", "Single"], first.masks, strict=True)
     ]
     assert first.choice == np.argmax([mask.rating for mask in first.masks[:3]])
     other = actions.choose_mask(first, 3)

@@ -1,6 +1,8 @@
 """The notebook: what is committed is the script's, and it runs from top to bottom."""
 
 import os
+import re
+import tomllib
 from pathlib import Path
 
 import jupytext
@@ -20,7 +22,24 @@ def test_notebook_is_that_of_the_script():
     assert NOTEBOOK.stat().st_size < 500_000
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
+    texts = "".join(
+        str(output.get("text", "")) + str(output.get("data", {}).get("text/plain", "")) for output in outputs
+    )
+    assert not re.search(r"(?<![\w.])/(home|root|tmp|work|Users|content)/", texts), "paths of a machine"
+    assert not [output for output in outputs if set(output.get("data", {})) == {"text/plain"}], (
+        "values nobody asked for"
+    )
     assert sum("image/jpeg" in output.get("data", {}) for output in outputs) == 4, "it is committed with its pictures"
+
+
+def test_colab_opens_this_notebook_and_installs_what_it_needs():
+    text = SCRIPT.read_text(encoding="utf-8")
+    repo, file = re.search(r"colab\.research\.google\.com/github/([^/]+/[^/]+)/blob/main/([\w/.]+)", text).groups()
+    source, folder = re.search(r"!git clone .* https://github\.com/(\S+) (\S+)", text).groups()
+    assert (repo, ROOT / file) == (source, NOTEBOOK)
+    package, group = re.search(r'%pip install --quiet "([^"\[]+)\[(\w+)\]"', text).groups()
+    assert package == folder == re.search(r"%cd (\S+)", text)[1]
+    assert group in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 
 
 @pytest.mark.slow

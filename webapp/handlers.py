@@ -139,7 +139,7 @@ def choices_of(session: Session) -> list[tuple[str, int]]:
     """Returns the masks to choose from, with their ratings, and their indices."""
     names = ["A", "B", "C", "Single"]
     return [
-        (f"{name} · {mask.rating:.2f}", index)
+        (f"{name} {mask.rating:.2f}", index)
         for index, (name, mask) in enumerate(zip(names, session.masks, strict=False))
     ]
 

@@ -39,6 +39,9 @@ COLUMNS = ["object", "pixels", "left, top: size", "rating", "stability"]
 COLUMN_WIDTHS: list[str | int] = ["15%", "15%", "34%", "14%", "22%"]
 CSS = """
 .gradio-container { max-width: 1400px !important; margin: auto; }
+.gradio-container .fillable { max-width: none !important; padding: 16px 24px !important; }
+#objects * { font-family: var(--font) !important; font-size: 13px !important; }
+#choice label { padding: 6px 8px; }
 #picture img { cursor: crosshair; }
 #drag-outline { position: fixed; z-index: 1000; pointer-events: none; }
 #drag-outline { border: 2px solid white; outline: 1px solid black; }
@@ -49,7 +52,7 @@ LAUNCH_OPTIONS: dict[str, Any] = {
         primary_hue="blue",
         font=[gr.themes.LocalFont("IBM Plex Sans", (400, 700)), "sans-serif"],
         font_mono=[gr.themes.LocalFont("IBM Plex Mono", (400, 700)), "monospace"],
-    ),
+    ).set(block_info_text_color="*neutral_600"),  # the default is too pale to read
     "css": CSS,
     "js": DRAG_TO_CLICKS,
     "max_file_size": MAX_FILE_SIZE,
@@ -112,7 +115,7 @@ class Page:
 
     def add_controls(self) -> None:
         """What to open, how to prompt, and what to do with the masks."""
-        with gr.Row(equal_height=True):
+        with gr.Row():
             self.name = gr.Dropdown(list(self.images), label="Image", scale=3)
             self.upload = gr.UploadButton("Upload", file_types=list(IMAGE_SUFFIXES), size="md", scale=1, min_width=100)
         with gr.Tabs():
@@ -127,8 +130,9 @@ class Page:
                 self.choice = gr.Radio(
                     [],
                     label="Mask",
-                    info="A, B and C: what one point may mean, such as a part or the whole. Single: the one mask for "
-                    "several points or a box. The number is the model's rating, from 0 to 1.",
+                    elem_id="choice",
+                    info="A, B and C: what one point may mean, such as a part or the whole. Single: for several "
+                    "points or a box. The number is the model's rating, from 0 to 1.",
                 )
                 self.next = gr.Button("Next object", variant="primary")
             with gr.Tab("All objects"):
@@ -142,24 +146,25 @@ class Page:
             interactive=False,
             label="Objects",
             max_height=260,
+            elem_id="objects",
         )
         self.selected = gr.State(None)  # number of an object in the table
         with gr.Row():
             self.remove = gr.Button()
-            self.save = gr.Button("Make files to download")
+            self.save = gr.Button("Make files")
         self.files = gr.Files(label="Label image, overlay, COCO annotations", interactive=False, visible=False)
 
     def add_sliders(self) -> None:
         """Thresholds, at first those that the weights come with."""
         settings = self.model.settings
         thresholds = [
-            ("Lowest rating", "How well the model expects the mask to fit (predicted IoU).", settings.min_iou),
-            ("Lowest stability", "How little a stricter or looser outline would change it.", settings.min_stability),
-            ("Largest overlap", "Of two masks that share more (IoU), the better rated stays.", settings.max_overlap),
+            ("Lowest rating", "The fit that the model expects (predicted IoU).", settings.min_iou),
+            ("Lowest stability", "How little a stricter outline changes the mask.", settings.min_stability),
+            ("Largest overlap", "Of two that share more (IoU), the better stays.", settings.max_overlap),
         ]
         self.sliders = [gr.Slider(0, 1, value, step=0.01, label=label, info=info) for label, info, value in thresholds]
         most = max(MOST_POINTS, settings.grid)
-        more = "The picture is asked at so many points in each direction. More find smaller objects, and take longer."
+        more = "More find smaller objects, and take longer."
         self.sliders.append(gr.Slider(1, most, settings.grid, step=1, label="Points per side", info=more))
         self.find = gr.Button("Find all objects", variant="primary")
 
