@@ -139,7 +139,7 @@ def main(adapter: str) -> None:
     """Takes the pictures."""
     folder = ROOT / "docs" / "images"
     with app("--adapter", adapter) as url:
-        with browser(url, height=900, scale=1.5) as page:
+        with browser(url, height=900, scale=1.25) as page:
             click(page, 335, 43)
             press(page, "Next object")
             click(page, 46, 125)
@@ -150,7 +150,7 @@ def main(adapter: str) -> None:
             page.get_by_role("tab", name="Before and after").click()
             page.get_by_text("Objects: 3 before").wait_for()
             save_picture(page, folder / "app-before-after.jpg")
-        with browser(url, dark=True, height=900, scale=1.5) as page:
+        with browser(url, dark=True, height=900, scale=1.25) as page:
             page.get_by_role("tab", name="All objects").click()
             press(page, "Find all objects")
             save_picture(page, folder / "app-all-objects.jpg")
