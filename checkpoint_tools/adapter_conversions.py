@@ -9,7 +9,15 @@ from transformers import PreTrainedModel, SamConfig, SamModel
 
 from . import fused_adapters, meta_layout, micro_sam, samed, trainer_checkpoints
 from .comparison import example_outputs
-from .conversions import accepted, allowed_difference, compare_with_files, effect_of, load_checked, note
+from .conversions import (
+    accepted,
+    allowed_difference,
+    compare_with_files,
+    effect_of,
+    load_checked,
+    note,
+    note_other_adapters,
+)
 from .loading import as_split, model_type, processor_for
 from .meta_adapters import MetaAdapter
 from .named_bases import SPLIT, STOCK, named_base
@@ -55,6 +63,7 @@ def convert_adapter(
         stock = split.to_sam()
         model, target = (split, stock) if to_fused else (stock, split)
         adapter.check_fits(adapter.part_of(model), base)
+        note_other_adapters(source)
         adapted = fused_adapters.with_adapter(adapter.part_of(model), source)
         expected, effect = effect_of(adapted, model, target)
         converted = convert(adapter, adapted, adapter.part_of(target))

@@ -54,6 +54,7 @@ def to_sam(
             expected, tolerance = example_outputs(stock_model(fetch(source))), TOLERANCE
             merged = model
         else:
+            note_other_adapters(adapter)
             adapted = with_adapter(model, adapter)
             expected, effect = effect_of(adapted, model, stock_model(fetch(source)))
             tolerance = allowed_difference(effect)
@@ -321,6 +322,12 @@ def copy_processor(source: str, folder: Path, config: SamConfig) -> None:
     side, expected = processor.image_processor.size.get("longest_edge"), config.vision_config.image_size
     if side != expected:
         note(f"The processor makes images of {side} pixels, and the model takes {expected}: correct its size.")
+
+
+def note_other_adapters(adapter: str) -> None:
+    """Notes which adapters lie in the folder of another one, as PEFT saves a model with several."""
+    if others := sorted(path.parent.name for path in Path(adapter).glob("*/adapter_config.json")):
+        note(f"Left out: {listing(others)}, which lies in {adapter} as an adapter of its own.")
 
 
 def note(message: str) -> None:

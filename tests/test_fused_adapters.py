@@ -399,6 +399,15 @@ def test_an_adapter_without_numbers_is_not_merged(load, split_dir, tmp_path, ref
     assert "adapter holds NaN or infinity in" in refused(f"to-sam {split_dir} out --adapter adapter")
 
 
+def test_one_of_several_adapters(load, split_dir, tmp_path, convert):
+    adapted = write(load(), lora(target_modules=["q", "v"]), tmp_path / "adapter")
+    adapted.add_adapter("other", lora(target_modules=["k"]))
+    adapted.save_pretrained(tmp_path / "adapter")
+    for command in (f"to-sam {split_dir} sam --adapter adapter", f"adapter-to-fused adapter out --base {split_dir}"):
+        assert "Left out: other, which lies in adapter as an adapter of its own" in convert(command)
+    assert "Left out" not in convert(f"to-sam {split_dir} other --adapter adapter/other")
+
+
 def test_a_folder_without_its_weights_is_not_looked_for_on_the_hub(load, split_dir, tmp_path, refused):
     adapted = write(load(), lora(target_modules=["q", "v"]), tmp_path / "adapter")
     adapted.add_adapter("other", lora(target_modules=["k"]))

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel, SamProcessor
 
 from ..comparison import Outputs, example_outputs, largest_relative_error
-from ..conversions import accepted, allowed_difference, effect_of, load_checked, note
+from ..conversions import accepted, allowed_difference, effect_of, load_checked, note, note_other_adapters
 from ..fetching import fetch
 from ..fused_adapters import with_adapter
 from ..loading import processor_for
@@ -67,6 +67,7 @@ def to_onnx(
         model, _ = load_checked(source)
         reference = stock_model(fetch(source))
         if adapter is not None:
+            note_other_adapters(adapter)
             adapted = with_adapter(model, adapter)
             adapted_outputs, effect = effect_of(adapted, model, reference)
             model = adapted.merge_and_unload()
