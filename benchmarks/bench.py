@@ -169,7 +169,7 @@ def sizes(args: argparse.Namespace) -> dict[str, dict[str, dict[str, float]]]:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The tables of the README."""
+    """The tables of docs/cost.md."""
     lines = [", ".join(f"{key} {value}" for key, value in results["machine"].items()), ""]
     if "table" in results:
         setting = results["table"]

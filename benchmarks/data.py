@@ -27,6 +27,7 @@ from finetuning.samples import CACHE, Sample, areas_of
 
 
 MASK_SIDE = 256
+REPEATS = 5
 
 
 def main() -> None:
@@ -91,12 +92,12 @@ def cropping_seconds(source: FilePair) -> float:
     return cpu_seconds(lambda number: items.crop(sample, np.random.default_rng(number)))
 
 
-def cpu_seconds(action: Callable[[int], object], repeats: int = 5) -> float:
+def cpu_seconds(action: Callable[[int], object]) -> float:
     """Returns the mean CPU time of an action that takes a number."""
     started = time.process_time()
-    for number in range(repeats):
+    for number in range(REPEATS):
         action(number)
-    return (time.process_time() - started) / repeats
+    return (time.process_time() - started) / REPEATS
 
 
 if __name__ == "__main__":

@@ -5,16 +5,19 @@ from collections.abc import Iterable
 import torch
 
 
+MOST = 5  # names in a list
+
+
 def one_line(message: object) -> str:
     """Returns a message, such as an error's, without its line breaks."""
     return " ".join(str(message).split())
 
 
-def listing(keys: Iterable[object], limit: int = 5) -> str:
+def listing(keys: Iterable[object]) -> str:
     """Returns the first of `keys`, and how many more there are."""
     names = sorted(map(name_of, keys))
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+    more = f" and {len(names) - MOST} more" if len(names) > MOST else ""
+    return ", ".join(names[:MOST]) + more
 
 
 def name_of(key: object) -> str:

@@ -184,7 +184,7 @@ def stage_space(folder: Path, repo_id: str, model: PinnedModel, card: BaseCard, 
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / path, folder / path)
     (folder / "requirements.txt").write_text(requirements(imported), encoding="utf-8")
-    (folder / "README.md").write_text(readme(repo_id, model, card, licence), encoding="utf-8")
+    (folder / "README.md").write_text(readme(model, card, licence), encoding="utf-8")
     source = "".join(
         f"        {name}={json.dumps(value)},\n"
         for name, value in (
@@ -224,7 +224,7 @@ def requirements(imported: set[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def readme(repo_id: str, model: PinnedModel, card: BaseCard, licence: Licence) -> str:
+def readme(model: PinnedModel, card: BaseCard, licence: Licence) -> str:
     """Returns the README of the Space: its metadata, and what its page says of the model."""
     name, commit = model.described
     title = f"Segment Anything: {name.rpartition('/')[2]}"

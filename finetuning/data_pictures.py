@@ -15,6 +15,7 @@ from .segments import Segment, segments_of
 
 
 COLUMNS, MOST = 3, 6
+MOST_NUMBERS = 150  # in a picture
 CELL = 480  # pixels of a picture's longer side
 LEGEND = "Coloured: used. White outlines: left out. White lines: no label."
 CHARACTERS = 60  # in the width of a picture
@@ -95,10 +96,10 @@ def outlined_in_white(image: np.ndarray, segments: Sequence[Segment]) -> np.ndar
     return image
 
 
-def write_numbers(picture: Image.Image, segments: Sequence[Segment], most: int = 150) -> None:
+def write_numbers(picture: Image.Image, segments: Sequence[Segment]) -> None:
     """Writes the numbers of segments, from 1, where they are broadest; of many, those of the largest."""
     canvas = ImageDraw.Draw(picture)
-    large = sorted(range(len(segments)), key=lambda index: -segments[index].crop.sum())[:most]
+    large = sorted(range(len(segments)), key=lambda index: -segments[index].crop.sum())[:MOST_NUMBERS]
     for index in large:
         (row, column), _ = deepest(segments[index].crop)
         place = segments[index].left + column, segments[index].top + row

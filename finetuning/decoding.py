@@ -16,16 +16,17 @@ from .intensities import IntensityError, parse_intensity
 MAX_PIXELS = 178_956_970  # at which Pillow raises DecompressionBombError
 ORIENTATION = 0x0112  # the EXIF and TIFF tag: 1 is upright
 NUMBER_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # modes of Pillow with one number per pixel
+MOST_PROBLEMS = 20  # lines of an error
 PILLOW_LIMIT = threading.Lock()  # held while it is lifted
 
 
 class DataError(ValueError):
     """Problems with the input files, one line per problem."""
 
-    def __init__(self, problems: Iterable[str], most: int = 20):
+    def __init__(self, problems: Iterable[str]):
         problems = list(problems)
-        more = [f"and {len(problems) - most} more"] if len(problems) > most else []
-        self.lines = [*problems[:most], *more]
+        more = [f"and {len(problems) - MOST_PROBLEMS} more"] if len(problems) > MOST_PROBLEMS else []
+        self.lines = [*problems[:MOST_PROBLEMS], *more]
         super().__init__("\n".join(self.lines))
 
 

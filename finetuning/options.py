@@ -4,6 +4,7 @@ import argparse
 import copy
 import dataclasses
 import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from checkpoint_tools.checkout import SAM_TINY
+from checkpoint_tools.checkout import ROOT, SAM_TINY
 from checkpoint_tools.messages import one_line
 
 from .settings import (
@@ -148,5 +149,6 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         shown = action.default not in (None, [], "", argparse.SUPPRESS) and not isinstance(action.default, bool)
-        default = " ".join(map(str, action.default)) if isinstance(action.default, list) else "%(default)s"
+        values = action.default if isinstance(action.default, list) else [action.default]
+        default = " ".join(str(value).removeprefix(f"{ROOT}{os.sep}") for value in values).replace("%", "%%")
         return f"{action.help or ''} ({default})" if shown else action.help or ""

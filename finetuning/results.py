@@ -2,12 +2,13 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from huggingface_hub import HfApi, get_token
-from transformers import SamModel, SamProcessor
+from transformers import PreTrainedModel, SamModel, SamProcessor
 
 from checkpoint_tools.bases import Base
 from checkpoint_tools.checkout import ROOT
@@ -51,15 +52,7 @@ def write_results(
             shutil.copyfile(made_of.folder / file, folder / file)
 
     write_card(weights, "adapter" if is_adapter else "split model", settings.training.hub_model_id)
-    before, after = metrics["before"]["iou"], metrics["after"]["iou"]
-    print(f"Mean IoU on the validation objects: {before:.3f} before, {after:.3f} after.")
-    changes = [
-        f"{kind} {metrics['before'][f'iou_{kind}']:.3f} to {metrics['after'][f'iou_{kind}']:.3f}"
-        for kind in prompting.validated
-    ]
-    print(f"  {', '.join(changes)}")
-    if not metrics["better_than_base"]:
-        print(f"Warning: {worse_than_base(metrics)}")
+    print_scores(metrics, prompting.validated)
     print(f"{weights.name.capitalize()}: {weights}")
     if is_adapter and is_stock(made_of):
         print(f"Its base, {made_of.title}, is a stock SAM: README.md beside the adapter says how to load it.")
@@ -88,34 +81,48 @@ def write_results(
         for row, index in enumerate(shown)
     ]
     plot_masks(rows, output / "masks.png")
-    plot_curves(metrics["history"], before, output / "curves.png")
+    plot_curves(metrics["history"], metrics["before"]["iou"], output / "curves.png")
     print(f"Pictures: {output / 'masks.png'}, {output / 'curves.png'}")
 
-    if "merged" in settings.output.export:
-        with staged(output / "merged", "split model", force=True) as target:
-            model.save_pretrained(target)
+    def export(whole: PreTrainedModel, folder: Path, kind: Kind) -> None:
+        with staged(folder, kind, force=True) as target:
+            whole.save_pretrained(target)
             keep_known_settings(target)
             processor.save_pretrained(target)
             sweep.settings.save(target)
-            write_card(target, "split model")
+            write_card(target, kind)
+
+    if "merged" in settings.output.export:
+        export(model, output / "merged", "split model")
         print(f"Merged: {output / 'merged'}")
     if "stock" in settings.output.export:
-        with staged(output / "sam", "stock model", force=True) as target:
-            model.to_sam().save_pretrained(target)
-            keep_known_settings(target)
-            processor.save_pretrained(target)
-            sweep.settings.save(target)
-            write_card(target, "stock model")
-        stock = SamModel.from_pretrained(output / "sam").eval()
-        pairs = [[predict(each, validation, index, prompting) for each in (model, stock)] for index in shown]
-        same = all(np.array_equal(ours, theirs) for (ours, _), (theirs, _) in pairs)
-        error = max(relative_error(theirs, ours) for (_, ours), (_, theirs) in pairs)
-        print(
-            f"Back in stock SamModel ({output / 'sam'}): {'the same masks' if same else 'OTHER MASKS'}, "
-            f"logits differ by {error:.1e} at most, relative to the largest."
-        )
+        export(model.to_sam(), output / "sam", "stock model")
+        print(compared_with_stock(model, output / "sam", trainer, shown))
     if settings.training.hub_model_id:
         push(weights, settings.training)
+
+
+def print_scores(metrics: dict[str, Any], kinds: Sequence[str]) -> None:
+    """Prints the mean IoU before and after, of all kinds of prompts together and of each."""
+    before, after = metrics["before"], metrics["after"]
+    print(f"Mean IoU on the validation objects: {before['iou']:.3f} before, {after['iou']:.3f} after.")
+    print("  " + ", ".join(f"{kind} {before[f'iou_{kind}']:.3f} to {after[f'iou_{kind}']:.3f}" for kind in kinds))
+    if not metrics["better_than_base"]:
+        print(f"Warning: {worse_than_base(metrics)}")
+
+
+def compared_with_stock(model: PreTrainedModel, folder: Path, trainer: PromptTrainer, items: Sequence[int]) -> str:
+    """Says how the masks of `model` for some validation items compare with those of the stock SAM in `folder`."""
+    stock = SamModel.from_pretrained(folder).eval()
+    pairs = [
+        [predict(each, trainer.eval_dataset, index, trainer.prompting) for each in (model, stock)] for index in items
+    ]
+    same = all(np.array_equal(ours, theirs) for (ours, _), (theirs, _) in pairs)
+    error = max(relative_error(theirs, ours) for (_, ours), (_, theirs) in pairs)
+    return (
+        f"Back in stock SamModel ({folder}): {'the same masks' if same else 'OTHER MASKS'}, "
+        f"logits differ by {error:.1e} at most, relative to the largest."
+    )
 
 
 def complete_adapter(adapter: Path, base: Base, processor: SamProcessor) -> None:

@@ -122,7 +122,7 @@ def python_command(words: list[str]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def helps() -> dict[str, str]:
-    """What `--help` prints, by command; in one process, as it is imports that take the time."""
+    """What `--help` prints, and libraries beside it, by command; in one process, as imports take most of the time."""
     names = sorted({python_command(words)[0] for _, words in commands() if words[0] in ("python", "accelerate")})
     output = run_python(
         f"""
@@ -133,8 +133,10 @@ def helps() -> dict[str, str]:
         for name in {names}:
             script, *subcommand = name.split()
             sys.argv = [script, *subcommand, "--help"]
+            sys.modules.pop(script, None)  # imported by a command before this one
             run = runpy.run_path if script.endswith(".py") else runpy.run_module
-            with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
+            text = io.StringIO()
+            with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text), contextlib.suppress(SystemExit):
                 run(script, run_name="__main__")
             texts[name] = text.getvalue()
         print(json.dumps(texts))
@@ -154,6 +156,7 @@ def test_commands_exist(helps: dict[str, str]) -> None:
         if program in ("python", "accelerate"):
             name, *arguments = python_command(words)
             assert helps[name].startswith("usage: "), where
+            assert str(ROOT) not in helps[name], where
             for option in filter(lambda word: word.startswith("--"), arguments):
                 assert re.search(rf"{option}\b", helps[name]), f"{where}: there is no {option}"
             for config in re.findall(r"--config_file (\S+)", where):

@@ -83,9 +83,9 @@ def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
     return dict(model.named_parameters())
 
 
-def other_weights(model: nn.Module, seed: int = 5) -> Tensors:
+def other_weights(model: nn.Module) -> Tensors:
     """A state dict for `model`, the same for stock and ours."""
-    stock = randomize(SamModel(model.config if isinstance(model, SamModel) else stock_model().config), seed).double()
+    stock = randomize(SamModel(model.config if isinstance(model, SamModel) else stock_model().config), seed=5).double()
     weights = stock.state_dict()
     if "vision_encoder.layers.0.attn.q.weight" in model.state_dict():
         for name in [name for name in weights if ".qkv." in name]:
