@@ -125,8 +125,14 @@ def page_index(count: int, reading: ImageReading, page: int | None, is_mask: boo
     if page is None and reading.pages not in (None, "each"):
         page = int(str(reading.pages)) - 1
     if page is None and count > 1:
-        every = "" if reading.pages else "--pages each if every page is an image, or "
-        raise ValueError(f"it has {count} pages. Use {every}--pages 1 for the first alone.")
+        if reading.pages == "each":
+            raise ValueError(
+                f"it has {count} pages, and --pages each is for training with mask files of as many pages. Save each "
+                "page as a file of its own, or use --pages 1 for the first alone."
+            )
+        raise ValueError(
+            f"it has {count} pages. Use --pages each if every page is an image, or --pages 1 for the first alone."
+        )
     if page is not None and page >= count:
         raise ValueError(f"--pages {page + 1}: it has {number_of(count, 'page')}.")
     return page or 0

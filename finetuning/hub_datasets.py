@@ -45,8 +45,10 @@ class DatasetSettings:
     Args:
         path: Hub id, folder or Parquet file.
         config: Name of the configuration, where the data set has several.
+        revision: Branch, tag or commit on the Hub.
         image_column: Column of the images.
         mask_column: Column of the objects; None for the only one that has a usual name.
+        group_column: Column whose values name the groups of rows that are not divided.
         split: Split to train on; None for `train`, or the only one.
         validation_split: Split to validate on; None for that of the usual name, if `split` is None too.
         test_split: Split to test on; likewise.
@@ -54,8 +56,10 @@ class DatasetSettings:
 
     path: str
     config: str | None = None
+    revision: str | None = None
     image_column: str = "image"
     mask_column: str | None = None
+    group_column: str | None = None
     split: str | None = None
     validation_split: str | None = None
     test_split: str | None = None
@@ -94,6 +98,8 @@ def loaded(settings: DatasetSettings, split: str | None = None) -> Any:
     except ImportError as error:
         raise DataError([f"--dataset: {INSTALL}."]) from error
     path = Path(settings.path)
+    if settings.revision and path.exists():
+        raise DataError([f"--dataset-revision {settings.revision}: expected a Hub id, and {path} is on this machine."])
     try:
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():  # of save_to_disk
             saved = datasets.load_from_disk(str(path))
@@ -102,7 +108,7 @@ def loaded(settings: DatasetSettings, split: str | None = None) -> Any:
             if path.suffix not in READERS:
                 raise ValueError(f"expected a Hub id, a folder, or a file {', '.join(READERS)}.")
             return datasets.load_dataset(READERS[path.suffix], data_files=str(path), split=split)
-        return datasets.load_dataset(settings.path, settings.config, split=split)
+        return datasets.load_dataset(settings.path, settings.config, split=split, revision=settings.revision)
     except Exception as error:  # of the Hub, of pyarrow, of the library's own kinds
         reason = " ".join(str(error).split())
         advice = " Choose one with --dataset-config." if "config name" in reason.lower() else ""
@@ -144,8 +150,9 @@ def sources_of(
     feature = rows.features[mask_column]
     for name in (image_column, mask_column):
         rows = rows.cast_column(name, undecoded(rows.features[name], datasets))
-    rows = rows.select_columns([image_column, mask_column])
     name = f"{settings.path}, {split}"
+    groups = groups_of(settings.group_column, rows, name, datasets)
+    rows = rows.select_columns([image_column, mask_column])
     notes: list[str] = []
     read_objects: Callable[..., LabelledImage]
     if isinstance(feature, datasets.Image) or is_array(feature, datasets):
@@ -156,8 +163,8 @@ def sources_of(
     else:
         read_objects = partial(with_annotations, names=class_names(feature), chosen=categories)
     sources: list[Source] = [
-        Row(f"{name}, row {index}", rows, index, image_column, mask_column, reading, read_objects)
-        for index in range(len(rows))
+        Row(f"{name}, row {index}", rows, index, image_column, mask_column, reading, read_objects, group)
+        for index, group in enumerate(groups)
     ]
     if not sources:
         raise DataError([f"{name}: has no rows."])
@@ -171,6 +178,23 @@ def facts_of(values: Iterable[Any], name: str, labels: LabelReading) -> Iterator
             mask = label_image(value, f"{name}, row {index}")
             mask = mask if labels.threshold is None else mask >= labels.threshold
             yield examine(mask, f"{name}, row {index}", labels.background or (0,))
+
+
+def groups_of(column: str | None, rows: Any, name: str, datasets: Any) -> list[str | None]:
+    """Returns the group of each row, None without a column.
+
+    Raises:
+        DataError: If there is no such column, or it has no value for a row.
+    """
+    if column is None:
+        return [None] * len(rows)
+    known = [each for each, kind in rows.features.items() if isinstance(kind, datasets.Value | datasets.ClassLabel)]
+    if column not in known:
+        raise DataError([f"--group-column {column}: expected a column of text or numbers, one of {', '.join(known)}."])
+    values = list(rows[column])
+    if problems := [f"{name}, row {row}: has no {column}." for row, value in enumerate(values) if value is None]:
+        raise DataError(problems)
+    return [str(value) for value in values]
 
 
 def columns_of(settings: DatasetSettings, features: Mapping[str, Any], datasets: Any) -> tuple[str, str]:
@@ -258,6 +282,7 @@ class Row(Source):
     mask_column: str
     reading: ImageReading
     read_objects: Callable[..., LabelledImage]
+    group: str | None = None
 
     def read(self) -> LabelledImage:  # noqa: D102, as in Source
         row = self.rows[self.index]

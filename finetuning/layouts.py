@@ -103,9 +103,14 @@ def name_of(settings: DataSettings) -> str:
 
 def parts_of_dataset(settings: DataSettings) -> dict[str, SourceList]:
     """Returns the parts that the splits of a data set are."""
-    names = [field.name for field in dataclasses.fields(DatasetSettings) if field.name not in ("path", "config")]
+    names = [
+        field.name for field in dataclasses.fields(DatasetSettings) if field.name not in ("path", "config", "revision")
+    ]
     which = DatasetSettings(
-        str(settings.dataset), settings.dataset_config, **{name: getattr(settings, name) for name in names}
+        str(settings.dataset),
+        settings.dataset_config,
+        settings.dataset_revision,
+        **{name: getattr(settings, name) for name in names},
     )
     return dataset_parts(which, settings.image_reading, settings.label_reading, settings.categories)
 
@@ -191,30 +196,29 @@ def set_groups(parts: PartSources, pattern: Pattern) -> None:
     """Sets the group of each source from its file's path.
 
     Raises:
-        DataError: If a path has no group, or two parts have one in common.
+        DataError: If a path has no group.
     """
-    part_of_group: dict[str, str] = {}
     problems = []
-    for name, part in parts.given.items():
-        for source in part.sources:
-            file = getattr(source, "image", None)
-            source.group = pattern.value(file.as_posix()) if file else None
-            if source.group is None:
-                problems.append(f"{source.name}: does not fit --group-pattern {pattern.text}.")
-            elif (other := part_of_group.setdefault(source.group, name)) != name:
-                problems.append(f"{source.name}: its group {source.group} is in {other} and in {name}.")
+    for source in [source for part in parts.given.values() for source in part.sources]:
+        file = getattr(source, "image", None)
+        source.group = pattern.value(file.as_posix()) if file else None
+        if source.group is None:
+            problems.append(f"{source.name}: does not fit --group-pattern {pattern.text}.")
     if problems:
         raise DataError(problems)
 
 
 def refuse_shared(parts: PartSources) -> None:
-    """Raises an error if a file is in two parts."""
-    seen: dict[Path, str] = {}
+    """Raises an error if a file or a group is in two parts."""
+    seen: dict[Path | str, str] = {}
     problems = []
     for name, part in parts.given.items():
         for file in files_of(part.sources):
             if (other := seen.setdefault(file.resolve(), name)) != name:
                 problems.append(f"{file} is in {other} and in {name}.")
+        for source in part.sources:
+            if source.group is not None and (other := seen.setdefault(source.group, name)) != name:
+                problems.append(f"{source.name}: its group {source.group} is in {other} and in {name}.")
     if problems:
         raise DataError(dict.fromkeys(problems))
 

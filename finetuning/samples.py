@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from tqdm import tqdm
 
+from .copies import Copies
 from .image_cache import ImageCache
 from .sources import DataError, LabelledImage, Source
 
@@ -96,7 +97,7 @@ def train_validation_parts(
     names += ["test"] * len(test)
     part_side = None
     samples: dict[str, list[Sample]] = {"train": [], "validation": [], "test": []}
-    left_out, notes, problems = Counter[str](), Counter[str](), []
+    left_out, notes, problems, copies = Counter[str](), Counter[str](), [], Copies()
     every = [*sources, *own_validation, *test]
     for source, name in zip(tqdm(every, "Reading", unit="image", disable=len(every) < 50), names, strict=True):
         try:
@@ -112,7 +113,10 @@ def train_validation_parts(
                 left_out[BETWEEN_PARTS] += len(spanning)
             for part_name, part in parts.items():
                 windows = tiles(part, tile, overlap)
-                samples[part_name] += samples_of(source, whole, windows, mask_side, min_area, spanning, left_out)
+                used = [*samples_of(source, whole, windows, mask_side, min_area, spanning, left_out)]
+                samples[part_name] += used
+                if used and len(every) > 1:
+                    copies.add(whole.image, part_name, source.name)
         except (ValueError, OSError) as error:
             problems.append(str(error))
             continue
@@ -124,7 +128,7 @@ def train_validation_parts(
         samples["train"],
         samples["validation"],
         +left_out,
-        [f"{number} {what}" for what, number in notes.items()],
+        [*(f"{number} {what}" for what, number in notes.items()), *copies.notes()],
         samples["test"],
         part_side,
     )
@@ -153,9 +157,7 @@ def divided(sources: Sequence[Source], validation: float, seed: int) -> list[str
         groups.setdefault(str(index) if source.group is None else f"group {source.group}", []).append(index)
     if len(groups) == 1:
         group = sources[0].group
-        raise DataError(
-            [f"All images are of one group, {group}: nothing is left to validate on. Change --group-pattern."]
-        )
+        raise DataError([f"All images are of one group, {group}: nothing is left to validate on. Change the groups."])
     wanted, members = max(1, round(validation * len(sources))), list(groups.values())
     for place in np.random.default_rng(seed).permutation(len(members))[:-1]:
         if names.count("validation") < wanted:

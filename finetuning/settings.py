@@ -8,7 +8,7 @@ from transformers.hf_argparser import HfArg
 
 from checkpoint_tools.checkout import SAM_TINY
 
-from .decoding import MAX_PIXELS, ImageReading
+from .decoding import MAX_PIXELS, DataError, ImageReading
 from .labels import LabelReading
 from .rounds import Prompting
 from .setting_checks import SettingsError, require_at_least, require_share
@@ -68,6 +68,13 @@ class DataSettings(SourceSettings):
         _ = self.image_reading, self.label_reading  # raise errors
         if "none" in self.augment and len(self.augment) > 1:
             raise SettingsError(f"--augment {' '.join(self.augment)}: expected none, or others.")
+        if self.pages == "each" and (self.coco or self.dataset):
+            raise DataError(
+                [
+                    "--pages each: expected --masks, with a page for each page of the images. For --coco and "
+                    "--dataset, save each page as a file of its own."
+                ]
+            )
         require_share(self, "validation", above_0=True)
         if self.validation and (self.validation_images or self.validation_coco or self.validation_split):
             raise SettingsError("--validation is a share of the images, and --validation-... are given: expected one.")

@@ -48,10 +48,14 @@ class SourceSettings:
         default=None, help="Hub id, folder or Parquet file of the datasets library, instead of images and masks"
     )
     dataset_config: str | None = HfArg(default=None, help="configuration of the data set, if it has several")
+    dataset_revision: str | None = HfArg(default=None, help="branch, tag or commit of the data set, on the Hub")
     image_column: str = HfArg(default="image", help="column of the data set with the images")
     mask_column: str | None = HfArg(
         default=None,
         help="column with label images, lists of masks, or objects as in COCO (the one with a usual name)",
+    )
+    group_column: str | None = HfArg(
+        default=None, help="column of the data set that says which images must not be divided, such as the patient"
     )
     split: str | None = HfArg(default=None, help="split to train on (train, or the only one)")
     validation_split: str | None = HfArg(default=None, help="split to validate on (validation, if there is one)")
@@ -84,10 +88,14 @@ class SourceSettings:
     def _check_dataset(self) -> None:
         """Raises an error if there are files beside a data set, or splits without one."""
         if self.dataset:
-            if self.images or self.masks or self.coco or self.group_pattern:
-                raise DataError(["--dataset: expected no --images, --masks, --coco or --group-pattern."])
+            if self.images or self.masks or self.coco:
+                raise DataError(["--dataset: expected no --images, --masks or --coco."])
+            if self.group_pattern:
+                raise DataError(["--group-pattern is for names of files: expected --group-column with --dataset."])
             return
-        for name in ("dataset_config", "mask_column", "split", "validation_split", "test_split"):
+        columns = ("mask_column", "group_column")
+        splits = ("split", "validation_split", "test_split")
+        for name in ("dataset_config", "dataset_revision", *columns, *splits):
             if getattr(self, name):
                 raise DataError([f"--{name.replace('_', '-')}: expected --dataset, too."])
 

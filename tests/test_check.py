@@ -118,6 +118,20 @@ def test_tiles_are_advised_where_objects_are_tiny(tmp_path, capsys):
     assert "2700 objects" in str(exit_.value)
 
 
+def test_copies_of_training_images_among_the_others_are_told(photos, tmp_path, capsys):
+    for kind in ("images", "masks"):
+        for number, part in enumerate(("train", "train", "train", "valid", "test")):
+            (photos / kind / part).mkdir(exist_ok=True)
+            (photos / kind / f"photo{number}.png").rename(photos / kind / part / f"photo{number}.png")
+    assert not any("pixels of a training image" in note for note in check(photos, tmp_path / "out")["notes"])
+    with Image.open(photos / "images" / "train" / "photo1.png") as file:
+        file.save(photos / "images" / "valid" / "photo3.png", compress_level=1)
+    (told,) = [note for note in check(photos, tmp_path / "out")["notes"] if "pixels of a training image" in note]
+    assert told.startswith("1 of the validation images") and "--group-pattern" in told
+    assert re.search(r"valid/photo3\.png those of .*train/photo1\.png", told)
+    assert f"note: {told}" in capsys.readouterr().out
+
+
 def test_too_narrow_images_are_named(tmp_path):
     labels = np.zeros((2, 900), dtype=int)
     labels[:, 100:300], labels[:, 500:700] = 1, 2

@@ -215,7 +215,10 @@ def test_bad_rows_are_all_named(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        ("--dataset d --images i", "--dataset: expected no --images, --masks, --coco or --group-pattern"),
+        ("--dataset d --images i", "--dataset: expected no --images, --masks or --coco"),
+        ("--dataset d --group-pattern {group}_*", "expected --group-column with --dataset"),
+        ("--group-column patient", "--group-column: expected --dataset, too"),
+        ("--dataset-revision main", "--dataset-revision: expected --dataset, too"),
         ("--split train", "--split: expected --dataset, too"),
         ("--mask-column m", "--mask-column: expected --dataset, too"),
         ("--dataset d --validation-split v --validation 0.2", "--validation is a share"),
@@ -251,6 +254,45 @@ def test_a_data_set_on_the_hub(datasets_hub, tmp_path):
     np.testing.assert_array_equal(parts.train[0].read()[1], blocks())
     with pytest.raises(DataError, match=r"--dataset user/dust: cannot be loaded: Dataset 'user/dust' doesn't exist"):
         read("--dataset", "user/dust")
+
+
+def test_a_revision_of_a_data_set_on_the_hub(datasets_hub, tmp_path):
+    for number in (2, 3):
+        data = table([encoded(blocks().astype(np.uint16))] * number, datasets.Image())
+        saved(data, tmp_path / str(number), "train-00000-of-00001.parquet")
+    repo = datasets_hub.add("datasets/user/cells", tmp_path / "2")
+    first = repo.refs["main"]
+    repo.commit("main", datasets_hub.add("datasets/user/other", tmp_path / "3").commits.popitem()[1])
+    assert len(read("--dataset", "user/cells")) == 3
+    assert len(read("--dataset", "user/cells", "--dataset-revision", first)) == 2
+    with pytest.raises(DataError, match=r"--dataset user/cells: cannot be loaded: .*absent"):
+        read("--dataset", "user/cells", "--dataset-revision", "absent")
+    with pytest.raises(DataError, match="--dataset-revision main: expected a Hub id"):
+        read("--dataset", str(tmp_path / "2"), "--dataset-revision", "main")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rows_of_one_group_stay_together(seed, tmp_path):
+    data = table([encoded(blocks().astype(np.uint16))] * 12, datasets.Image())
+    path = saved(data.add_column("patient", [n % 4 for n in range(12)]), tmp_path)
+    arguments = ["--dataset", path, "--group-column"]
+    parts, _ = read_data(finetune.parse_args([*arguments, "patient"]).data, MASK_SIDE, seed)
+    groups = [{sample.source.index % 4 for sample in part} for part in (parts.train, parts.validation)]
+    assert [len(part) for part in groups] == [3, 1] and not groups[0] & groups[1]
+    with pytest.raises(DataError, match="--group-column image: expected a column of text or numbers, one of patient"):
+        read(*arguments, "image")
+
+
+def test_groups_in_two_splits_and_rows_without_a_group_are_refused(tmp_path):
+    def data(*groups):
+        mask = encoded(blocks().astype(np.uint16))
+        return table([mask] * len(groups), datasets.Image()).add_column("patient", groups)
+
+    datasets.DatasetDict(train=data("a", "b"), test=data("c", "b")).save_to_disk(tmp_path / "shared")
+    with pytest.raises(DataError, match="shared, test, row 1: its group b is in train and in test"):
+        read("--dataset", str(tmp_path / "shared"), "--group-column", "patient")
+    with pytest.raises(DataError, match="row 1: has no patient"):
+        read("--dataset", saved(data("a", None), tmp_path), "--group-column", "patient")
 
 
 def test_the_package_is_an_extra(monkeypatch):

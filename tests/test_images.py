@@ -214,7 +214,7 @@ def test_pages_are_asked_about(tmp_path):
     for name in ("stack.tif", "stack.png", "stack.webp"):
         with pytest.raises(ValueError, match=rf"{name}: cannot be read: it has 3 pages. Use --pages each"):
             read_image(tmp_path / name)
-        with pytest.raises(ValueError, match=r"it has 3 pages. Use --pages 1 for the first alone"):
+        with pytest.raises(ValueError, match=r"--pages each is for training .* or use --pages 1 for the first"):
             read_image(tmp_path / name, ImageReading(pages="each"))  # as segment.py does, of one page
         with pytest.raises(ValueError, match=r"--pages 4: it has 3 pages"):
             read_image(tmp_path / name, ImageReading(pages="4"))

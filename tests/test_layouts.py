@@ -210,6 +210,8 @@ def test_groups_that_cannot_be_kept_together_are_refused(tmp_path):
         ("--images i --coco c --color-masks", "--color-masks: expected --masks, too"),
         ("--images i --masks m --color-masks --mask-pattern {stem}/*.png", "files of one object each"),
         ("--images i --masks m --mask-pattern a.png", "The pattern a.png: expected {stem} in it, once"),
+        ("--images i --coco c.json --pages each", "--pages each: expected --masks, with a page for each page"),
+        ("--dataset d --pages each", "--pages each: expected --masks, with a page for each page"),
         ("--images i --masks m --group-pattern *", "The pattern *: expected {group} in it, once"),
         ("--images i --masks m --categories cat", "--categories: expected --coco or --dataset, too"),
         (
