@@ -1,4 +1,4 @@
-"""Time and memory of this repo's model against stock SAM: side by side, each measurement in a process of its own.
+"""Compares time and memory with stock SAM. Each measurement runs in a process of its own.
 
 python -m benchmarks.bench --rounds 3
 """
@@ -25,7 +25,7 @@ from .measure import SIZES
 
 
 PEER = "stock-sdpa"
-# Gradient checkpointing is compared with the stock step without it: what it costs to fit in this little memory.
+# Gradient checkpointing is compared with stock's step without it: the time that the saved memory costs.
 COMPARISONS = {
     "encoder": [("stock-eager", "encoder"), (PEER, "encoder"), ("split", "encoder"), ("products", "encoder")],
     "lora": [("stock-eager", "lora"), (PEER, "lora"), ("split", "lora"), ("products", "lora")],
@@ -37,7 +37,7 @@ TITLES = {
     "lora-checkpointing": "LoRA step, gradient checkpointing",
 }
 GROWTH_SIDES = (512, 768, 1024, 1536, 2048)
-PARTS = ("table", "growth", "sizes")  # of a CPU; with --device cuda there is one table, of all paths
+PARTS = ("table", "growth", "sizes")  # on a CPU; --device cuda prints one table of all paths instead
 PATHS = ("stock-eager", PEER, "tiled", "folded")
 
 
@@ -49,7 +49,7 @@ def main() -> None:
     if args.device == "cuda":
         print(paths(args))
         return
-    if results.get("machine") != machine(args.device):  # parts measured elsewhere do not belong together
+    if results.get("machine") != machine(args.device):  # parts of one report come from one machine
         results = {"machine": machine(args.device)}
     for part in args.parts:
         results[part] = {"table": table, "growth": growth, "sizes": sizes}[part](args)
@@ -64,21 +64,21 @@ def main() -> None:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--parts", nargs="+", choices=PARTS, default=PARTS, help="the others are kept as last measured"
+        "--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure; other parts keep their last results"
     )
     parser.add_argument("--model", choices=SIZES, default="base")
-    parser.add_argument("--side", type=int, default=1024, help="of the image, in pixels")
-    parser.add_argument("--batch", type=int, default=1, help="images")
-    parser.add_argument("--rounds", type=int, default=3, help="of which the medians are reported")
+    parser.add_argument("--side", type=int, default=1024, help="image side in pixels (%(default)s)")
+    parser.add_argument("--batch", type=int, default=1, help="images per step (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds to report the medians of (%(default)s)")
     parser.add_argument("--tasks", nargs="+", choices=COMPARISONS, default=list(COMPARISONS))
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="on a CPU; cuda runs both")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks", help="folder for the results")
     return parser.parse_args()
 
 
 def machine(device: str) -> dict[str, str]:
-    """What the numbers were measured on."""
+    """Returns what the numbers are measured on: device, threads, C library, allocator settings and versions."""
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -93,7 +93,7 @@ def machine(device: str) -> dict[str, str]:
 
 
 def measure(implementation: str, task: str, args: argparse.Namespace, **changes: str | int) -> dict[str, float]:
-    """Runs `benchmarks.measure` in a new process; a step that does not fit in memory gives an empty result."""
+    """Runs `benchmarks.measure` in a new process. The result is empty if the step does not fit in memory."""
     options = {name: getattr(args, name) for name in ("model", "side", "batch", "device", "dtype")} | changes
     command = [sys.executable, "-m", "benchmarks.measure", "--implementation", implementation, "--task", task]
     command += [word for name, value in options.items() for word in (f"--{name}", str(value))]
@@ -107,7 +107,7 @@ def measure(implementation: str, task: str, args: argparse.Namespace, **changes:
 
 
 def table(args: argparse.Namespace) -> dict[str, Any]:
-    """Medians over the rounds, by task and implementation; the implementations alternate."""
+    """Measures medians over the rounds, by task and implementation. The implementations alternate."""
     pairs = sorted({pair for task in args.tasks for pair in COMPARISONS[task]})
     measurements: dict = {pair: [] for pair in pairs}
     for _, (implementation, task) in tqdm([(r, pair) for r in range(args.rounds) for pair in pairs], desc="table"):
@@ -135,7 +135,7 @@ def table(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def paths(args: argparse.Namespace) -> str:
-    """A table of every path of attention, for all models, dtypes and batch sizes, on this GPU."""
+    """Returns a table of all attention paths, models, dtypes and batch sizes on this GPU."""
     title = ", ".join(f"{key} {value}" for key, value in machine(args.device).items())
     rows = [title, "", "| | " + " | ".join(PATHS) + " |", "|---" * (len(PATHS) + 1) + "|"]
     cases = itertools.product(SIZES, ("encoder", "lora"), ("float32", "bfloat16"), (1, 8))
@@ -147,7 +147,7 @@ def paths(args: argparse.Namespace) -> str:
 
 
 def growth(args: argparse.Namespace) -> dict[str, dict[str, dict[str, float]]]:
-    """One LoRA step at each image side."""
+    """Measures one LoRA step at each image side."""
     return {
         str(side): {
             implementation: measure(implementation, "lora", args, side=side, repeats=0)
@@ -158,7 +158,7 @@ def growth(args: argparse.Namespace) -> dict[str, dict[str, dict[str, float]]]:
 
 
 def sizes(args: argparse.Namespace) -> dict[str, dict[str, dict[str, float]]]:
-    """The larger models, on images of 512 pixels, so that stock's fit as well."""
+    """Measures the larger models on images of 512 pixels, where stock's fit in memory, too."""
     return {
         f"ViT-{model[0].upper()}, {TITLES[task]}": {
             implementation: measure(implementation, task, args, model=model, side=512)
@@ -169,7 +169,7 @@ def sizes(args: argparse.Namespace) -> dict[str, dict[str, dict[str, float]]]:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The tables of docs/cost.md."""
+    """Returns the tables of docs/cost.md."""
     lines = [", ".join(f"{key} {value}" for key, value in results["machine"].items()), ""]
     if "table" in results:
         setting = results["table"]
@@ -208,7 +208,7 @@ def _cells(result: dict[str, float], peer: dict[str, float], has_memory: bool) -
 
 
 def draw(growth_by_side: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
-    """Plots time and memory against the image side; what did not fit is left out."""
+    """Plots time and memory against the image side. Steps that did not fit in memory are left out."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
     for axis, key, label in zip(axes, ("seconds", "gigabytes"), ("time (s)", "peak memory (GB)"), strict=True):
         for implementation, name in ((PEER, "stock sdpa"), ("split", "sam-split")):

@@ -1,4 +1,4 @@
-"""Counts the kernels that a GPU would have to launch, on the meta device, so without a GPU.
+"""Counts the kernels that a GPU would launch, without a GPU, on torch's meta device.
 
 python -m benchmarks.kernels
 """

@@ -1,4 +1,4 @@
-"""One measurement in a process of its own: time and peak memory of one implementation at one task, printed as JSON.
+"""Measures time and peak memory of one implementation at one task, and prints them as JSON.
 
 python -m benchmarks.measure --implementation split --task lora
 """
@@ -22,7 +22,8 @@ from transformers import SamConfig, SamModel, set_seed
 from checkpoint_tools.checkout import split_class
 
 
-IMPLEMENTATIONS = ("stock-eager", "stock-sdpa", "split", "folded", "tiled", "products")  # folded, tiled: split so
+# folded, tiled: the split model on this path of attention
+IMPLEMENTATIONS = ("stock-eager", "stock-sdpa", "split", "folded", "tiled", "products")
 TASKS = ("encoder", "lora", "lora-checkpointing")
 SIZES = {
     "base": {},
@@ -47,7 +48,7 @@ def main() -> None:
     memory = PeakMemory(args.device)
     seconds = []
     try:
-        for _ in range(1 + args.repeats):  # the first warms up, and counts for memory only
+        for _ in range(1 + args.repeats):  # the first is the warm-up, which counts for memory only
             start = time.perf_counter()
             step()
             if args.device == "cuda":
@@ -66,16 +67,16 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--implementation", choices=IMPLEMENTATIONS, required=True)
     parser.add_argument("--task", choices=TASKS, required=True)
     parser.add_argument("--model", choices=SIZES, default="base")
-    parser.add_argument("--side", type=int, default=1024, help="of the image, in pixels")
-    parser.add_argument("--batch", type=int, default=1, help="images")
+    parser.add_argument("--side", type=int, default=1024, help="image side in pixels (%(default)s)")
+    parser.add_argument("--batch", type=int, default=1, help="images per step (%(default)s)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--repeats", type=int, default=1, help="timed steps, of which the fastest counts")
+    parser.add_argument("--repeats", type=int, default=1, help="timed steps; the fastest counts (%(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     return parser.parse_args()
 
 
 def build_step(args: argparse.Namespace) -> tuple[Callable[[], None], Any]:
-    """Returns what is measured, the encoder without gradients or a LoRA step, forward and backward; and the model."""
+    """Returns the step to measure and its model: the encoder without gradients, or forward and backward with LoRA."""
     parts = {"image_size": args.side, "patch_size": 16}
     config = SamConfig(
         vision_config=SIZES[args.model] | parts,
@@ -109,13 +110,13 @@ def build_step(args: argparse.Namespace) -> tuple[Callable[[], None], Any]:
 
 
 def take_path(model: Any, path: str) -> None:
-    """Makes attention take `path` in this process, whatever the device."""
+    """Makes attention take `path` in this process, on any device."""
     attention = sys.modules[type(model).__module__.replace("modeling_", "attention_")]
     attention.attention_path = lambda query: path  # type: ignore[attr-defined]
 
 
 def randomize(model: Any) -> Any:
-    """Gives the vision encoder weights of a trained one's size; its own are 1e-10 small, and `rel_pos` zero."""
+    """Gives the vision encoder weights as large as trained ones; initial ones are about 1e-10, and `rel_pos` is 0."""
     with torch.no_grad():
         for name, parameter in model.vision_encoder.named_parameters():
             if parameter.dim() > 1 or "rel_pos" in name:
@@ -124,7 +125,7 @@ def randomize(model: Any) -> Any:
 
 
 class MatrixProducts(TorchDispatchMode):
-    """Records the shapes of all matrix products of a step, to run them and nothing else: the floor of its time."""
+    """Records the shapes of all matrix products of a step. To run these alone is a lower bound for its time."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -149,7 +150,7 @@ class MatrixProducts(TorchDispatchMode):
         return output
 
     def replay(self, device: str) -> Callable[[], None]:
-        """Returns a function that runs all of them, on the same few operands."""
+        """Returns a function that runs all recorded products, with one pair of operands for each shape."""
         operands = {}
         for shapes in set(self.shapes):
             first, second = (torch.randn(shape, device=device) for shape in shapes)
@@ -164,7 +165,7 @@ class MatrixProducts(TorchDispatchMode):
 
 
 class PeakMemory:
-    """Peak memory above what is in use when this is made: resident memory, or what CUDA's allocator has handed out."""
+    """Peak memory above what was in use at the start: resident memory, or memory allocated by torch on CUDA."""
 
     def __init__(self, device: str):
         self.device = device
@@ -178,7 +179,7 @@ class PeakMemory:
             self.before = self._resident("VmRSS")
 
     def peak(self) -> int:
-        """In bytes, so far."""
+        """Returns the peak so far, in bytes."""
         if self.device == "cuda":
             return torch.cuda.max_memory_allocated() - self.before
         return self._resident("VmHWM") - self.before
@@ -190,7 +191,7 @@ class PeakMemory:
 
 
 def limit_memory(device: str) -> None:
-    """Makes a step that does not fit fail by itself, rather than have the system kill something."""
+    """Makes a step that does not fit raise an error, so that Linux does not kill a process."""
     if device == "cpu":
         lines = Path("/proc/meminfo").read_text().splitlines()
         available = 1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])

@@ -177,15 +177,6 @@ def config_of(weights: dict[str, torch.Tensor], decoder_heads: int | None = None
             "expected tables of that size and of one smaller window size. Interpolate rel_pos_h and rel_pos_w first."
         )
     decoder_size = shape("mask_decoder.iou_token.weight")[1]
-    if decoder_heads is None:
-        if decoder_size != DECODER_SIZE:
-            raise ValueError(
-                f"The decoder is {decoder_size} wide (Meta's: {DECODER_SIZE}). Its number of attention heads is not "
-                "recorded in the file: pass --decoder-heads."
-            )
-        decoder_heads = DECODER_HEADS
-    if decoder_heads < 1 or decoder_size % decoder_heads:
-        raise ValueError(f"--decoder-heads {decoder_heads}: expected a divisor of the decoder's width {decoder_size}.")
     image = {"image_size": grid_size * patch_size, "patch_size": patch_size}
     return SamConfig(
         vision_config={
@@ -209,7 +200,7 @@ def config_of(weights: dict[str, torch.Tensor], decoder_heads: int | None = None
         },
         mask_decoder_config={
             "hidden_size": decoder_size,
-            "num_attention_heads": decoder_heads,
+            "num_attention_heads": decoder_heads_of(decoder_size, decoder_heads),
             "num_hidden_layers": count(r"mask_decoder\.transformer\.layers\.(\d+)\."),
             "mlp_dim": shape("mask_decoder.transformer.layers.0.mlp.lin1.weight")[0],
             "attention_downsample_rate": decoder_size
@@ -220,3 +211,21 @@ def config_of(weights: dict[str, torch.Tensor], decoder_heads: int | None = None
             "layer_norm_eps": DECODER_LAYER_NORM_EPS,
         },
     )
+
+
+def decoder_heads_of(size: int, heads: int | None) -> int:
+    """Returns the attention heads of a decoder of this width: `heads`, or those of Meta's if None.
+
+    Raises:
+        ValueError: If they must be given, or do not divide the width.
+    """
+    if heads is None:
+        if size != DECODER_SIZE:
+            raise ValueError(
+                f"The decoder is {size} wide (Meta's: {DECODER_SIZE}). Its number of attention heads is not "
+                "recorded in the file: pass --decoder-heads."
+            )
+        return DECODER_HEADS
+    if heads < 1 or size % heads:
+        raise ValueError(f"--decoder-heads {heads}: expected a divisor of the decoder's width {size}.")
+    return heads
