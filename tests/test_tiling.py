@@ -57,6 +57,14 @@ def test_neighbours_that_touch_stay_apart():
     assert len(joined(found(labels, 40, 0.5), labels.shape, 0.5)) == 2
 
 
+def test_overlapping_masks_of_one_tile_stay_apart():
+    labels = np.zeros((20, 60), int)
+    labels[5:15, 5:15] = 1
+    (first, one), (second, _) = found(labels, 40, 0.5)
+    nested = Segment(5, 5, np.ones((10, 8), bool), 0.8, 0.8)  # IoU 0.8
+    assert len(joined([(first, [*one, nested]), (second, [])], labels.shape, 0.9)) == 2
+
+
 def test_parts_that_are_put_together_keep_their_mean_rating():
     labels = np.zeros((20, 100), int)
     labels[5:15, 10:90] = 1
