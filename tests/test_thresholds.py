@@ -70,7 +70,7 @@ def test_the_middle_of_the_best_region_is_taken():
     scores = np.zeros((7, 9))
     scores[1:6, 2:7] = 0.8
     scores[1, 2] = 0.805  # the best, at a corner
-    scores[0, 8] = 0.8  # as good, but alone
+    scores[:, 8] = 0.8  # as good, but apart
     assert middle(scores) == (3, 4)
     scores[:] = 0
     scores[6, 8] = 0.1
