@@ -17,6 +17,7 @@ from .coco_masks import EmptyMaskError, decode, is_missing, shortened, whole_num
 from .decoding import DataError, ImageReading, upright
 from .images import read_pixels, rgb_of
 from .overlaps import layers_of
+from .patterns import files_in
 from .sources import LabelledImage, Source, SourceList
 
 
@@ -175,6 +176,13 @@ def read_json(file: Path) -> dict[str, Any]:
     for key in ("images", "annotations"):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise DataError([f"{file}: not a COCO annotation file: expected an object with a list of {key}."])
+    if any(isinstance(annotation, dict) and "segments_info" in annotation for annotation in content["annotations"]):
+        raise DataError(
+            [
+                f"{file}: COCO panoptic annotations, and --coco expects instances. Give the PNG files that belong to "
+                "them as --masks, with --color-masks."
+            ]
+        )
     return content
 
 
@@ -191,6 +199,8 @@ def by_id(entries: list[Any], problems: list[str]) -> dict[str, dict[str, Any]]:
     listed: dict[str, dict[str, Any]] = {}
     for number, entry in enumerate(entries, start=1):
         key = identity(entry.get("id")) if isinstance(entry, dict) else None
+        if key is not None:
+            entry = {"file_name": entry.get("coco_url"), **entry}  # LVIS has the URL alone
         if key is None or not isinstance(entry.get("file_name"), str):
             problems.append(f"image {number} of the list: expected an id and a file_name.")
         elif key in listed:
@@ -305,9 +315,8 @@ class ImageFinder:
     def by_name(self) -> dict[str, list[Path]]:
         """All files in the folder and those below, by name."""
         files = defaultdict(list)
-        for path in sorted(self.folder.rglob("*")):
-            if path.is_file():
-                files[comparable(path.name)].append(path)
+        for path in files_in(self.folder):
+            files[comparable(path.name)].append(path)
         return dict(files)
 
 

@@ -322,7 +322,7 @@ def label_image(value: Any, name: str) -> np.ndarray:
         mask = np.asarray(value)
     except ValueError:
         mask = np.zeros(0)
-    if mask.ndim != 2 or mask.dtype.kind not in "iu":
+    if mask.ndim != 2 or mask.dtype.kind not in "biu":
         raise ValueError(f"{name}: expected a mask (H, W) of integers, got {shortened(value)}.")
     return mask
 

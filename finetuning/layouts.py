@@ -11,7 +11,7 @@ from .coco import coco_images
 from .decoding import number_of
 from .folders import paired_files
 from .hub_datasets import DatasetSettings, dataset_parts
-from .patterns import Pattern
+from .patterns import Pattern, files_in
 from .settings import DataSettings
 from .sources import Coins, DataError, Source, SourceList
 
@@ -169,7 +169,7 @@ def parts_of_coco_folder(settings: DataSettings, folder: Path) -> PartSources:
         DataError: If a file's part cannot be told, or there are two for one.
     """
     files: dict[str, Path] = {}
-    for file in sorted(folder.rglob("*.json")):
+    for file in [path for path in files_in(folder) if path.suffix == ".json"]:
         part = part_named_in(file.relative_to(folder).with_suffix("").as_posix())
         if part is None:
             raise DataError([f"{file}: expected train, val or test in the name of a COCO file in --coco {folder}."])

@@ -1,11 +1,15 @@
 """Patterns of file names, such as `{stem}_mask.png`: which files belong together."""
 
+import os
 import re
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
 from .sources import DataError
+
+
+OF_WINDOWS = ("thumbs.db", "desktop.ini")  # files that its explorer writes and hides
 
 
 @dataclass(frozen=True)
@@ -61,9 +65,14 @@ class Pattern:
 
 
 def files_in(folder: Path) -> list[Path]:
-    """Returns the files in a folder and those below it, without hidden ones."""
-    return [
-        path
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    ]
+    """Returns the files in a folder and those below it, also linked ones, without those that systems hide."""
+    found: list[Path] = []
+    seen = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        if (real := Path(place).resolve()) in seen:  # a link to a folder above it
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(place, name) for name in names if not (name.startswith(".") or name.lower() in OF_WINDOWS)]
+    return sorted(found)

@@ -17,6 +17,7 @@ from .automatic import AutomaticSegments
 from .decoding import DataError, number_of
 from .images import IMAGE_SUFFIXES, MASK_SUFFIXES, read_image
 from .model import load_adapted, load_base
+from .patterns import files_in
 from .predictor import Predictor
 from .prompt_files import PromptFileError, coco_boxes, rough_masks
 from .segmentation_files import Annotations, SegmentedImage, write_pictures
@@ -148,8 +149,7 @@ def find_images(paths: Iterable[Path]) -> dict[str, Path]:
     for given in paths:
         files = [given]
         if given.is_dir():
-            files = sorted(path for path in given.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-            files = [path for path in files if not path.name.startswith(".")]
+            files = [path for path in files_in(given) if path.suffix.lower() in IMAGE_SUFFIXES]
             if not files:
                 raise ValueError(f"{given}: no images in this folder ({', '.join(IMAGE_SUFFIXES)}).")
         for path in files:

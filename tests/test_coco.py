@@ -338,3 +338,18 @@ def test_categories_stay_with_the_objects_of_a_sample(tmp_path):
     parts = parts_of(read(tmp_path, data))
     named = {sample.source.name[-5:]: sample.categories for sample in parts.train + parts.validation}
     assert named == {"a.png": {1: "disc", 2: "block", 3: "category 5"}, "b.png": {1: "disc"}}
+
+
+def test_images_that_are_named_by_their_url_alone_are_found(tmp_path):
+    """As LVIS writes them."""
+    image = {"id": 1, "coco_url": "http://images.cocodataset.org/train2017/a.png"}
+    annotation = {"id": 1, "image_id": 1, "segmentation": [[20, 10, 30, 10, 30, 20, 20, 20]]}
+    (source,) = read(tmp_path, {"images": [image], "annotations": [annotation]}).sources
+    assert source.name.endswith("a.png")
+
+
+def test_panoptic_annotations_are_refused_by_name(tmp_path):
+    annotation = {"image_id": 1, "file_name": "a.png", "segments_info": [{"id": 1, "category_id": 1}]}
+    data = {"images": [{"id": 1, "file_name": "a.png"}], "annotations": [annotation]}
+    with pytest.raises(DataError, match=r"coco\.json: COCO panoptic annotations, .* as --masks, with --color-masks"):
+        read(tmp_path, data)

@@ -63,6 +63,12 @@ def test_instance_ids(kind, feature, tmp_path):
         np.testing.assert_array_equal(whole.image[..., 0], GREY)
 
 
+def test_arrays_of_truth_values(tmp_path):
+    data = table([blocks() == 310] * 2, datasets.Array2D((40, 48), "bool"))
+    for whole in read("--dataset", saved(data, tmp_path)):
+        np.testing.assert_array_equal(whole.labels, blocks() == 310)
+
+
 def test_lists_of_binary_masks_may_overlap(tmp_path):
     masks = [np.zeros((40, 48), np.uint8) for _ in range(3)]
     masks[0][5:20, 5:20], masks[1][10:30, 10:30] = 255, 1

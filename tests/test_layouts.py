@@ -126,6 +126,30 @@ def test_coco_files_whose_part_is_not_certain_are_refused(files, problem, tmp_pa
         parts(tmp_path, "--images", "i", "--coco", "coco")
 
 
+def test_links_are_followed_and_what_systems_write_is_ignored(tmp_path):
+    for kind in ("i", "masks"):
+        save(tmp_path, *(f"{kind}/{name}.png" for name in "abc"), *(f"elsewhere/{kind}/{name}.png" for name in "de"))
+        (tmp_path / kind / "linked").symlink_to(tmp_path / "elsewhere" / kind, target_is_directory=True)
+        (tmp_path / kind / "loop").symlink_to(tmp_path / kind, target_is_directory=True)
+        for name in ("Thumbs.db", "desktop.ini", ".DS_Store", "._a.png"):
+            (tmp_path / kind / name).touch()
+    arguments = ["--images", "i", "--masks", "masks"]
+    names = ["i/a.png", "i/b.png", "i/c.png", "i/linked/d.png", "i/linked/e.png"]
+    assert named(parts(tmp_path, *arguments), tmp_path) == {"train": names}
+    for kind in ("i", "masks"):
+        (tmp_path / kind / "gone.png").symlink_to(tmp_path / "gone.png")
+    whole = [str(tmp_path / each) if each in ("i", "masks") else each for each in arguments]
+    with pytest.raises(DataError, match=r"gone\.png: cannot be read: .*No such file"):
+        read_data(finetune.parse_args(whole).data, MASK_SIDE, 0)
+
+
+def test_hidden_coco_files_are_ignored(tmp_path):
+    save(tmp_path, "i/a.png", "i/b.png", "i/.cache/a.png")
+    save_coco(tmp_path / "coco" / "train.json", "of/another/machine/a.png", "b.png")
+    (tmp_path / "coco" / "._train.json").write_bytes(b"\0\5\x16\7")
+    assert named(parts(tmp_path, "--images", "i", "--coco", "coco"), tmp_path) == {"train": ["i/a.png", "i/b.png"]}
+
+
 def test_validation_and_test_images_of_ones_own(tmp_path):
     """In any layout, whatever that of the training images is."""
     save(
