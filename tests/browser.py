@@ -93,7 +93,7 @@ def drag(page: Page, start: tuple[float, float], stop: tuple[float, float]) -> N
     assert page.locator("#drag-outline").is_visible()
     page.mouse.up()
     wait_for_change(page, before)
-    page.get_by_text("Click on the opposite corner").wait_for(state="hidden")
+    page.get_by_text("Click on the opposite corner of the box.", exact=True).wait_for(state="hidden")
 
 
 def on_screen(page: Page, x: float, y: float) -> tuple[float, float]:
