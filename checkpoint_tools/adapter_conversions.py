@@ -49,6 +49,9 @@ def convert_adapter(
     """Applies `convert` to the adapter `source`, and compares both on `base` (by default the base it names).
 
     The new adapter names `base_model`, or what it was converted on.
+
+    Raises:
+        ValueError: If the adapter names no base, or the conversion is not exact.
     """
     with staged(destination, "adapter", force, sources=(source, base)) as folder:
         to_fused = convert is fused_adapters.to_fused
@@ -108,6 +111,9 @@ def from_samed(
 
     Returns:
         The relative error, like `to_sam`.
+
+    Raises:
+        ValueError: If the options contradict each other, or the file does not fit the base.
     """
     if image_size is not None and base_output is None:
         raise ValueError("--image-size changes the base: give a folder for the new one with --base-output.")

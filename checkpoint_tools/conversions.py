@@ -82,7 +82,11 @@ def to_sam(
 
 
 def to_split(source: str, destination: Path, force: bool = False) -> float:
-    """Writes the stock model `source` as a split model with its code; returns the relative error, like `to_sam`."""
+    """Writes the stock model `source` as a split model with its code; returns the relative error, like `to_sam`.
+
+    Raises:
+        ValueError: If the source is not a stock SAM, or the result differs from it.
+    """
     with staged(destination, "split model", force, sources=(source,)) as folder:
         if model_type(source) != SamConfig.model_type:
             raise ValueError(f"{source}: expected a stock SAM (model_type 'sam'), got {model_type(source)!r}.")
@@ -176,7 +180,11 @@ def normalization(
 
 
 def to_meta(source: str, file: Path, force: bool = False) -> float:
-    """Writes a split or stock model as a checkpoint in Meta's layout; returns the relative error, like `to_sam`."""
+    """Writes a split or stock model as a checkpoint in Meta's layout; returns the relative error, like `to_sam`.
+
+    Raises:
+        ValueError: If the file's name is that of another format, or the result differs from the source.
+    """
     if file.suffix == ".safetensors":
         raise ValueError(f"{file}: to-meta writes as torch.save does: choose a name that ends in .pth.")
     with staged_file(file, "checkpoint in Meta's layout", force, sources=(source,)) as staged_path:

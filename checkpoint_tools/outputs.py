@@ -72,6 +72,9 @@ def staged_file(
     """Yields a path for a zip archive, which is `destination` once the block has succeeded; else like `staged`.
 
     The block must call `mark_archive`.
+
+    Raises:
+        FileExistsError: If the destination is in use, or is not a file.
     """
     destination = destination.resolve()
     if destination.exists() and not destination.is_file():  # a folder, or a device, which would not be read to its end

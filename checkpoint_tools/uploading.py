@@ -109,7 +109,11 @@ def staged_message(figures: dict[str, Any], base: Base) -> str:
 
 
 def read_token(path: Path | None) -> str | None:
-    """Returns the token in the file `path`, otherwise the token of `hf auth login` or HF_TOKEN, if any."""
+    """Returns the token in the file `path`, otherwise the token of `hf auth login` or HF_TOKEN, if any.
+
+    Raises:
+        ValueError: If the file or HF_TOKEN does not contain exactly one word.
+    """
     token = path.read_text(encoding="utf-8").strip() if path else get_token()
     if token is not None and not re.fullmatch(r"[!-~]+", token):  # HTTP errors would show a malformed one
         raise ValueError(f"{path or 'HF_TOKEN'} does not contain a token: expected one word")

@@ -151,7 +151,11 @@ class Weights(Mapping[str, torch.Tensor]):
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Returns the files that transformers reads weights from, in its order of preference."""
+    """Returns the files that transformers reads weights from, in its order of preference.
+
+    Raises:
+        ValueError: If there are no weights, or their index is damaged.
+    """
     for name in ("model.safetensors", "pytorch_model.bin"):
         single, index = folder / name, folder / f"{name}.index.json"
         if single.is_file():

@@ -137,6 +137,9 @@ def vision_targets(model: PreTrainedModel, names: Sequence[str], last_layers: in
     """Returns the value of PEFT's `target_modules`: short names where they are unambiguous, otherwise full paths.
 
     `layers_to_transform` cannot be used: it would also select decoder layers.
+
+    Raises:
+        ModelError: If the encoder has fewer layers, or no such Linears.
     """
     num_layers = model.config.vision_config.num_hidden_layers
     if last_layers is not None and not 1 <= last_layers <= num_layers:

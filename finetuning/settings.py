@@ -90,7 +90,11 @@ class DataSettings(SourceSettings):
 
     @property
     def label_reading(self) -> LabelReading:
-        """What the numbers in masks mean, as far as it is given."""
+        """What the numbers in masks mean, as far as it is given.
+
+        Raises:
+            SettingsError: If `--void` is neither numbers nor `none`.
+        """
         try:
             void = () if self.void == ["none"] else tuple(map(int, self.void)) or None
         except ValueError:
