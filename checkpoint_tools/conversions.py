@@ -4,8 +4,10 @@ Each source is read a second time without the code that converts it: tensor by t
 Meta's own model.
 """
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,8 +18,8 @@ from .checkout import split_class
 from .comparison import Outputs, OutputsDifferError, compare, example_outputs, largest_relative_error
 from .errors import well_formed
 from .fetching import fetch
-from .fused_adapters import with_adapter
-from .loading import as_split, load, model_type, processor_for
+from .fused_adapters import read_config, require_adapter, with_adapter
+from .loading import as_split, load, model_type, processor_for, processor_sizes
 from .messages import listing, name_of
 from .outputs import mark_archive, staged, staged_file
 from .plain_settings import keep_known_settings, read_processor
@@ -48,15 +50,15 @@ def to_sam(
         largest output.
     """
     with staged(destination, "stock model", force, sources=(source, adapter)) as folder:
-        model, stored = load_checked(source)
+        model, plain, stored, sizes = load_at_side_of(adapter, source)
         target = getattr(torch, dtype) if dtype else stored
         if adapter is None:
-            expected, tolerance = example_outputs(stock_model(fetch(source))), TOLERANCE
+            expected, tolerance = example_outputs(plain), TOLERANCE
             merged = model
         else:
             note_other_adapters(adapter)
             adapted = with_adapter(model, adapter)
-            expected, effect = effect_of(adapted, model, stock_model(fetch(source)))
+            expected, effect = effect_of(adapted, model, plain)
             tolerance = allowed_difference(effect)
             merged = adapted.merge_and_unload()
         sam = merged.to_sam()
@@ -67,7 +69,7 @@ def to_sam(
         check_finite(sam.to(target).state_dict(), f"In {name_of(target)}, the model", "give --dtype float32")
         sam.save_pretrained(folder)
         keep_known_settings(folder)
-        copy_processor(source, folder, sam.config)
+        copy_processor(source, folder, sam.config, sizes)
         compare_with_files(sam, folder)
         written = example_outputs(SamModel.from_pretrained(folder, dtype=computed))
         if exact:
@@ -235,6 +237,35 @@ def load_checked(
     return model, dtype
 
 
+def load_at_side_of(
+    adapter: str | None, source: str
+) -> tuple[PreTrainedModel, PreTrainedModel, torch.dtype, dict[str, Any]]:
+    """Loads the model `source` for images of the side that `adapter` was trained at, if it tells, or else of its own.
+
+    Returns:
+        What `load_checked` does; between model and dtype the same without the split; and at another side than its own
+        the sizes that its processor needs.
+    """
+    model, dtype = load_checked(source)
+    side = trained_side(adapter) if adapter else None
+    if side in (None, model.config.vision_config.image_size):
+        return model, stock_model(fetch(source)), dtype, {}
+    note(f"The adapter was trained on images of {side} pixels: so is the result, whatever {source} takes.")
+    model = split_class().from_pretrained(source, image_size=side).eval().to(model.dtype)
+    return model, copy.deepcopy(model), dtype, processor_sizes(model.config)
+
+
+def trained_side(adapter: str) -> int | None:
+    """Returns the side of the images that an adapter was trained on, in pixels, if it brings its settings.
+
+    Raises:
+        ValueError: If there is no such adapter, or its settings are damaged.
+    """
+    require_adapter(adapter)
+    file = fetch(adapter, weights=False) / "segmentation.json"
+    return read_config(file).get("image_size") if file.exists() else None
+
+
 def compare_with_files(model: PreTrainedModel, folder: Path) -> None:
     """Compares each weight of a split or stock model with the files in `folder`, without the code that loads them.
 
@@ -319,10 +350,10 @@ def accepted(actual: Outputs, expected: Outputs, tolerance: float = TOLERANCE) -
         ) from error
 
 
-def copy_processor(source: str, folder: Path, config: SamConfig) -> None:
-    """Copies the processor of `source`, and notes if it has none, or one that does not fit the model."""
+def copy_processor(source: str, folder: Path, config: SamConfig, sizes: dict[str, Any] | None = None) -> None:
+    """Copies the processor of `source`, with other `sizes` if any, and notes if there is none, or it does not fit."""
     try:
-        processor = read_processor(source)
+        processor = read_processor(source, **sizes or {})
     except ValueError as error:
         note(f"{error} The result has none: add preprocessor_config.json to use it with AutoProcessor.")
         return

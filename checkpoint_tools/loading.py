@@ -1,5 +1,7 @@
 """Loads any SAM v1, stock or split, as a split model, and makes the processor that fits a model."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel, SamConfig, SamModel, SamProcessor
@@ -63,17 +65,19 @@ def processor_for(config: SamConfig, **settings: object) -> SamProcessor:
     """Returns SAM's processor, with the sizes of the model, and other `settings` of `SamImageProcessor`."""
     from transformers import SamImageProcessor  # imported here, because it warns if torchvision is missing
 
+    return SamProcessor(SamImageProcessor(**processor_sizes(config), **settings))
+
+
+def processor_sizes(config: SamConfig) -> dict[str, Any]:
+    """Returns the settings of a processor that depend on the side of a model's images."""
     image_size = config.vision_config.image_size
     mask_size = 4 * image_size // config.vision_config.patch_size
-    return SamProcessor(
-        SamImageProcessor(
-            size={"longest_edge": image_size},
-            pad_size={"height": image_size, "width": image_size},
-            mask_size={"longest_edge": mask_size},
-            mask_pad_size={"height": mask_size, "width": mask_size},
-            **settings,
-        )
-    )
+    return {
+        "size": {"longest_edge": image_size},
+        "pad_size": {"height": image_size, "width": image_size},
+        "mask_size": {"longest_edge": mask_size},
+        "mask_pad_size": {"height": mask_size, "width": mask_size},
+    }
 
 
 def let_gradients_through_4bit(model: nn.Module) -> None:

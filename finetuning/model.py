@@ -14,7 +14,7 @@ from checkpoint_tools.checkout import split_class
 from checkpoint_tools.errors import well_formed
 from checkpoint_tools.fetching import require_name
 from checkpoint_tools.fused_adapters import with_adapter
-from checkpoint_tools.loading import let_gradients_through_4bit
+from checkpoint_tools.loading import let_gradients_through_4bit, processor_sizes
 from checkpoint_tools.messages import one_line
 from checkpoint_tools.plain_settings import read_processor
 
@@ -51,9 +51,7 @@ def load_base(
         with well_formed(base):
             model = split_class().from_pretrained(base, revision=revision, dtype=torch.float32, **options)
         let_gradients_through_4bit(model)
-        sizes: dict[str, Any] = (
-            {} if image_size is None else processor_sizes(image_size, 4 * model.prompt_encoder.image_embedding_size[0])
-        )
+        sizes = {} if image_size is None else processor_sizes(model.config)
         processor = read_processor(base, revision, **sizes)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{base}: not a SAM v1 checkpoint with a processor: {str(error).splitlines()[0]}") from error
@@ -61,16 +59,6 @@ def load_base(
     if side != expected:
         raise ModelError(f"{base}: the processor resizes to {side} pixels, but the model expects {expected}.")
     return model, processor
-
-
-def processor_sizes(image_size: int, mask_side: int) -> dict[str, dict[str, int]]:
-    """Returns the settings of a processor for images, and predicted masks, of these sides."""
-    return {
-        "size": {"longest_edge": image_size},
-        "pad_size": {"height": image_size, "width": image_size},
-        "mask_size": {"longest_edge": mask_side},
-        "mask_pad_size": {"height": mask_side, "width": mask_side},
-    }
 
 
 def four_bits(bf16: bool) -> BitsAndBytesConfig:

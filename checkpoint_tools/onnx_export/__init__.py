@@ -4,19 +4,17 @@ import importlib.util
 import logging
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel, SamProcessor
 
 from ..comparison import Outputs, example_outputs, largest_relative_error
-from ..conversions import accepted, allowed_difference, effect_of, load_checked, note, note_other_adapters
-from ..fetching import fetch
+from ..conversions import accepted, allowed_difference, effect_of, load_at_side_of, note, note_other_adapters
 from ..fused_adapters import with_adapter
 from ..loading import processor_for
 from ..outputs import staged
 from ..plain_settings import read_processor
-from ..verification import stock_model
 from .graphs import Graph
 from .interface import Interface, Tensors
 from .prompts import Prompts
@@ -64,8 +62,7 @@ def to_onnx(
     if all_masks and interface != "sam":
         raise ValueError(f"--all-masks is for --interface sam, got --interface {interface}.")
     with staged(destination, "ONNX model", force, sources=(source, adapter)) as folder:
-        model, _ = load_checked(source)
-        reference = stock_model(fetch(source))
+        model, reference, _, sizes = load_at_side_of(adapter, source)
         if adapter is not None:
             note_other_adapters(adapter)
             adapted = with_adapter(model, adapter)
@@ -74,7 +71,7 @@ def to_onnx(
             accepted(example_outputs(model), adapted_outputs, allowed_difference(effect))
             reference = model.float().to_sam()
         model = model.float()
-        target = INTERFACES[interface](load_processor(source, model), getattr(torch, dtype), all_masks)
+        target = INTERFACES[interface](load_processor(source, model, sizes), getattr(torch, dtype), all_masks)
         for message in target.notes(model):
             note(message)
         expected = expected_outputs(reference, target)
@@ -96,10 +93,10 @@ def require_packages() -> None:
         raise ModuleNotFoundError(f"to-onnx needs packages that are not installed: pip install {names}")
 
 
-def load_processor(source: str, model: PreTrainedModel) -> SamProcessor:
-    """Returns the processor of `source`; if it has none, notes that, and returns SAM's."""
+def load_processor(source: str, model: PreTrainedModel, sizes: dict[str, Any]) -> SamProcessor:
+    """Returns the processor of `source`, with other `sizes` if any; if it has none, notes that, and returns SAM's."""
     try:
-        return read_processor(source)
+        return read_processor(source, **sizes)
     except ValueError as error:
         note(f"{error} The result has SAM's, with the mean and standard deviation of ImageNet.")
         return processor_for(model.config)
