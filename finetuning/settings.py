@@ -117,7 +117,7 @@ class PromptSettings:
     )
     points: int = HfArg(default=1, help="points inside each object")
     negative_points: int = HfArg(default=0, help="points outside each object")
-    rounds: int = HfArg(default=0, help="corrective clicks after the first prompts")
+    rounds: int = HfArg(default=1, help="rounds of corrective clicks: up to 8 clicks together; 0 for none")
     objects: int = HfArg(default=6, help="objects per image and training step")
     multimask: bool | None = HfArg(
         default=None,

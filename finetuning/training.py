@@ -96,7 +96,7 @@ def build_trainer(
     """Returns a trainer of `model` on the training part, as `settings` say."""
     asked, training = settings.prompts, settings.training
     prompting = Prompting(asked.prompts, asked.rounds, asked.multimask, training.seed)
-    prompts = Prompts(asked.prompts, asked.points, asked.negative_points, asked.rounds)
+    prompts = Prompts(asked.prompts, asked.points, asked.negative_points, prompting.most_clicks)
     embeddings = None
     if settings.model.cache_embeddings:
         embeddings = EmbeddingCache(settings.model.cache_embeddings, model, processor, training.mixed_precision)

@@ -19,7 +19,7 @@ SIDE = 64  # of the tiny models' images
 @pytest.fixture
 def batch(processor) -> dict[str, torch.Tensor]:
     sample = Sample(Array(blocks()), np.s_[:, :], np.unique(blocks())[1:])
-    items = TrainingSet([sample], ItemEncoder(processor, MASK_SIDE, Prompts(clicks=3)), size=2, objects=3)
+    items = TrainingSet([sample], ItemEncoder(processor, MASK_SIDE, Prompts(clicks=8)), size=2, objects=3)
     return default_collate([items[0], items[1]])
 
 
@@ -106,7 +106,23 @@ def test_a_step_decides_for_itself():
     assert steps == [prompting.training_rounds(step) for step in range(200)]
     assert np.mean([rounds.first == "box" for rounds in steps]) == pytest.approx(0.5, abs=0.1)
     assert np.mean([rounds.shows_mask for rounds in steps]) == pytest.approx(0.5, abs=0.05)
+    assert {rounds.clicks for rounds in steps} == {1}, "eight together"
+    assert {Prompting(rounds=2).training_rounds(step).clicks for step in range(200)} == {1, 2, 3, 4}
+    assert {Prompting(rounds=1).training_rounds(step).clicks for step in range(200)} == set(range(1, 9))
+    assert Prompting(rounds=0).training_rounds(0).shows_mask == ()
     assert Prompting("box", rounds=1).training_rounds(0).first == "box"
+
+
+@torch.no_grad()
+def test_several_clicks_at_once(batch, load, stock):
+    """All are where the same mask is wrong."""
+    model, targets = load(), batch["labels"]
+    first, (prediction,) = Prompting().predict(model, batch, targets, Rounds("box", (False,), clicks=3))
+    drawn = [clicks(first["box"].pred_masks[:, :, 0], targets, batch["draws"][..., each]) for each in range(3)]
+    points, labels = (torch.cat(parts, 2) for parts in zip(*drawn, strict=True))
+    points = 2 * points + 0.5  # images of 64, masks of 32
+    prompts = {"input_points": points, "input_labels": labels, "input_boxes": batch["input_boxes"]}
+    assert_same_prediction(stock(batch["pixel_values"], **prompts, multimask_output=False), prediction)
 
 
 @torch.no_grad()
