@@ -2,7 +2,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Container, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from .images import (
     rgb_of,
     turn_with_image,
 )
-from .interpretation import interpret_files
+from .interpretation import interpret_masks
 from .labels import LabelReading
 from .overlaps import layers_of
 from .patterns import Pattern, files_in
@@ -47,6 +47,19 @@ class FilePair(Source):
         image, labels = rgb_of(pixels, self.reading, self.image), self.labels_of(mask)
         return LabelledImage(image, labels, notes=Counter([note] if note else []))
 
+    @property
+    def mask_name(self) -> str:
+        """The mask file, and the page of it."""
+        return str(self.mask) if self.page is None else f"{self.mask}, page {self.page + 1}"
+
+    def numbers(self) -> np.ndarray:
+        """Reads the integers (H, W) of the mask file.
+
+        Raises:
+            ValueError: If it cannot be read.
+        """
+        return self.numbers_of(self.read_mask())
+
     def read_mask(self) -> Pixels:
         """Returns the pixels of the mask file."""
         return read_pixels(self.mask, self.reading, self.page, as_labels=True)
@@ -58,22 +71,26 @@ class FilePair(Source):
             ValueError: If they have no meaning.
         """
         try:
-            return self.labels.objects(labels_of(mask, self.mask))
+            return self.labels.objects(self.numbers_of(mask))
         except ValueError as error:
             prefix = "" if str(error).startswith(str(self.mask)) else f"{self.mask}: "
             raise ValueError(f"{prefix}{error}") from error
 
+    def numbers_of(self, mask: Pixels) -> np.ndarray:
+        """Returns the integers (H, W) of the mask file."""
+        return labels_of(mask, self.mask)
+
 
 class ColouredPair(FilePair):
-    """An image file and a mask file with one colour per object, on black."""
+    """An image file and a mask file with one colour per object."""
 
     def read_mask(self) -> Pixels:  # noqa: D102, as in FilePair
         return read_pixels(self.mask, ImageReading(pages=self.reading.pages), self.page)
 
-    def labels_of(self, mask: Pixels) -> np.ndarray:  # noqa: D102, as in FilePair
+    def numbers_of(self, mask: Pixels) -> np.ndarray:  # noqa: D102, as in FilePair
         if mask.values.dtype.itemsize > 1:
             raise ValueError(f"{self.mask}: expected colours of 8 bits for --color-masks; leave it out for numbers.")
-        return labels_of_colours(rgb_of(mask, ImageReading(), self.mask), self.mask)
+        return numbers_of_colours(rgb_of(mask, ImageReading(), self.mask), self.mask)
 
 
 @dataclass(eq=False)
@@ -83,7 +100,7 @@ class ObjectFiles(Source):
     image: Path
     masks: list[Path]
     reading: ImageReading = ImageReading()
-    turn_masks: bool = False
+    labels: LabelReading = LabelReading()
 
     def __post_init__(self) -> None:
         self.name = str(self.image)
@@ -111,8 +128,10 @@ class ObjectFiles(Source):
         height, width = image.values.shape[:2]
         for number, path in enumerate(self.masks, start=1):
             mask = read_pixels(path, self.reading, as_labels=True)
-            notes.update(filter(None, [turn_with_image(mask, image, self.turn_masks)]))
+            notes.update(filter(None, [turn_with_image(mask, image, self.labels.turn_masks)]))
             labels = labels_of(mask, path)
+            if self.labels.threshold is not None:
+                labels = labels >= self.labels.threshold
             if labels.shape != (height, width):
                 raise ValueError(
                     f"{path}: expected a mask of {width} x {height} pixels, got {labels.shape[1]} x {labels.shape[0]}."
@@ -121,26 +140,24 @@ class ObjectFiles(Source):
             if len(values) > 1:
                 raise ValueError(
                     f"{path}: expected one object (0 and another value), got the values {values[:5]}. A * in "
-                    "--mask-pattern stands for one file per object."
+                    "--mask-pattern stands for one file per object; for soft edges, say --threshold 128."
                 )
             yield number, labels > 0
 
 
-def labels_of_colours(colours: np.ndarray, path: Path) -> np.ndarray:
-    """Returns labels (H, W) of a picture (H, W, 3) uint8: a number for each colour but black.
+def numbers_of_colours(colours: np.ndarray, path: Path) -> np.ndarray:
+    """Returns the number 65536 * red + 256 * green + blue (H, W) of the pixels of a picture (H, W, 3) uint8.
 
     Raises:
         ValueError: If there are more colours than objects could have.
     """
-    codes = colours.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], dtype=np.uint32)
-    values, labels = np.unique(codes, return_inverse=True)
-    if len(values) > MAX_COLOURS:
+    numbers = colours.astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], dtype=np.int32)
+    if (count := len(np.unique(numbers))) > MAX_COLOURS:
         raise ValueError(
-            f"{path}: has {len(values)} colours, and --color-masks expects one per object: save masks without JPEG "
+            f"{path}: has {count} colours, and --color-masks expects one per object: save masks without JPEG "
             "compression, soft edges or resizing that blurs."
         )
-    labels = labels.reshape(codes.shape) + (values[0] != 0)
-    return labels.astype(np.min_scalar_type(len(values)))
+    return numbers
 
 
 def paired_files(
@@ -189,15 +206,13 @@ def paired_files(
     if problems:
         raise DataError(problems)
     if several:
-        return SourceList(
-            [ObjectFiles(path, by_mask[key], reading, labels.turn_masks) for key, (path,) in by_image.items()]
-        )
+        return SourceList([ObjectFiles(path, by_mask[key], reading, labels) for key, (path,) in by_image.items()])
     pairs = [(path, by_mask[key][0]) for key, (path,) in by_image.items()]
     pages = [(image, mask, page) for image, mask in pairs for page in pages_of(image, mask, reading)]
-    if color_masks:
-        return SourceList([ColouredPair(image, mask, page, reading, labels) for image, mask, page in pages])
-    labels, notes = interpret_files([(mask, page) for _, mask, page in pages], reading, labels)
-    return SourceList([FilePair(image, mask, page, reading, labels) for image, mask, page in pages], notes=notes)
+    kind = ColouredPair if color_masks else FilePair
+    sources = [kind(image, mask, page, reading, labels) for image, mask, page in pages]
+    labels, notes = interpret_masks([(source.mask_name, source.numbers) for source in sources], labels)
+    return SourceList([replace(source, labels=labels) for source in sources], notes=notes)
 
 
 def pages_of(image: Path, mask: Path, reading: ImageReading) -> list[int | None]:

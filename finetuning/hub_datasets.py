@@ -4,17 +4,17 @@ import contextlib
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from .coco import Annotation, identity, reason_to_skip, with_objects
 from .coco_masks import shortened
-from .decoding import ImageReading
-from .images import read_image, read_mask
+from .decoding import ImageReading, Pixels
+from .images import read_mask, read_pixels, rgb_of, turn_with_image
 from .interpretation import interpret
 from .labels import LabelReading
 from .mask_facts import MaskFacts, examine
@@ -36,6 +36,8 @@ MASK_COLUMNS = (
 )
 READERS = {".parquet": "parquet", ".arrow": "arrow", ".jsonl": "json", ".json": "json"}  # by suffix
 SPLITS = {"validation": ("validation", "valid", "val"), "test": ("test",)}
+
+Read = TypeVar("Read")
 
 
 @dataclass(frozen=True)
@@ -154,8 +156,14 @@ def sources_of(
     groups = groups_of(settings.group_column, rows, name, datasets)
     rows = rows.select_columns([image_column, mask_column])
     notes: list[str] = []
+    turn_masks = labels.turn_masks
     read_objects: Callable[..., LabelledImage]
-    if isinstance(feature, datasets.Image) or is_array(feature, datasets):
+    are_label_images = isinstance(feature, datasets.Image) or is_array(feature, datasets)
+    if labels.given and not are_label_images:
+        raise DataError([f"--{labels.given[0]}: expected label images, and {mask_column} in {name} has objects."])
+    if categories and not fields_of(feature):
+        raise DataError([f"--categories: expected objects with a category, and {mask_column} in {name} has masks."])
+    if are_label_images:
         labels, notes = interpret(list(facts_of(rows[mask_column], name, labels)), labels)
         read_objects = partial(with_labels, labels=labels)
     elif is_list_of(feature, datasets.Image):
@@ -163,7 +171,7 @@ def sources_of(
     else:
         read_objects = partial(with_annotations, names=class_names(feature), chosen=categories)
     sources: list[Source] = [
-        Row(f"{name}, row {index}", rows, index, image_column, mask_column, reading, read_objects, group)
+        Row(f"{name}, row {index}", rows, index, image_column, mask_column, reading, read_objects, group, turn_masks)
         for index, group in enumerate(groups)
     ]
     if not sources:
@@ -283,14 +291,23 @@ class Row(Source):
     reading: ImageReading
     read_objects: Callable[..., LabelledImage]
     group: str | None = None
+    turn_masks: bool = False
 
     def read(self) -> LabelledImage:  # noqa: D102, as in Source
+        def read_both(file: Path) -> tuple[Pixels, np.ndarray]:
+            pixels = read_pixels(file, self.reading)
+            return pixels, rgb_of(pixels, self.reading, file)
+
         row = self.rows[self.index]
-        image = from_file(row[self.image_column], self.name, partial(read_image, reading=self.reading))
-        return self.read_objects(image, row[self.mask_column], self.name)
+        pixels, image = from_file(row[self.image_column], self.name, read_both)
+        whole = self.read_objects(image, row[self.mask_column], self.name)
+        labels = Pixels(whole.labels)
+        if note := turn_with_image(labels, pixels, self.turn_masks):
+            whole.notes[note] = 1
+        return replace(whole, labels=labels.values)
 
 
-def from_file(value: Any, name: str, read: Callable[[Path], np.ndarray]) -> np.ndarray:
+def from_file(value: Any, name: str, read: Callable[[Path], Read]) -> Read:
     """Returns what `read` reads from an undecoded image.
 
     Raises:

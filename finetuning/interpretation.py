@@ -5,13 +5,12 @@ A reading that is certain is taken, and said; where there is more than one, the 
 
 import contextlib
 from collections import Counter
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from tqdm import tqdm
 
-from .decoding import DataError, ImageReading
-from .images import read_mask
+from .decoding import DataError
 from .labels import LabelReading
 from .mask_facts import MaskFacts, examine
 
@@ -19,10 +18,14 @@ from .mask_facts import MaskFacts, examine
 Answers = list[tuple[bool, str]]  # whether it is a question, and its text or a note
 
 
-def interpret_files(
-    masks: list[tuple[Path, int | None]], reading: ImageReading, labels: LabelReading
+def interpret_masks(
+    masks: Sequence[tuple[str, Callable[[], np.ndarray]]], labels: LabelReading
 ) -> tuple[LabelReading, list[str]]:
-    """Returns what `interpret` finds out about mask files and pages of them. Those that cannot be read are left out.
+    """Returns what `interpret` finds out about masks. Those that cannot be read are left out.
+
+    Args:
+        masks: The name of each mask, and a function that reads its integers (H, W).
+        labels: What is known of their meaning.
 
     Raises:
         DataError: With every question that the masks leave open, and the options that answer it.
@@ -30,11 +33,10 @@ def interpret_files(
     if None not in (labels.background, labels.void, labels.instances):
         return labels, []
     facts = []
-    for path, page in tqdm(masks, desc="Examining masks", unit="mask", disable=len(masks) < 50):
+    for name, read in tqdm(masks, desc="Examining masks", unit="mask", disable=len(masks) < 50):
         with contextlib.suppress(ValueError):  # reported with all other problems, when images and masks are read
-            mask = read_mask(path, reading, page)
+            mask = read()
             mask = mask if labels.threshold is None else mask >= labels.threshold
-            name = str(path) if page is None else f"{path}, page {page + 1}"
             facts.append(examine(mask, name, labels.background or (0,)))
     return interpret(facts, labels)
 

@@ -42,6 +42,11 @@ class LabelReading:
         if self.threshold is not None and self.threshold < 1:
             raise DataError([f"--threshold {self.threshold}: expected 1 or more."])
 
+    @property
+    def given(self) -> list[str]:
+        """The names of the fields that say what numbers mean."""
+        return [name for name in ("background", "void", "instances", "threshold") if getattr(self, name) is not None]
+
     def objects(self, mask: np.ndarray) -> np.ndarray:
         """Returns labels (H, W) of a mask (H, W) of integers: 0 for background, `VOID`, and a number for each object.
 

@@ -75,6 +75,7 @@ class DataSettings(SourceSettings):
                     "--dataset, save each page as a file of its own."
                 ]
             )
+        self._refuse_idle_labels()
         require_share(self, "validation", above_0=True)
         if self.validation and (self.validation_images or self.validation_coco or self.validation_split):
             raise SettingsError("--validation is a share of the images, and --validation-... are given: expected one.")
@@ -82,6 +83,18 @@ class DataSettings(SourceSettings):
             raise SettingsError(f"--overlap {self.overlap}: expected a share from 0 to 0.9.")
         require_at_least(1, self, "tile")
         require_at_least(0, self, "min_area")
+
+    def _refuse_idle_labels(self) -> None:
+        """Raises an error for a setting of masks that would change nothing."""
+        given = self.label_reading.given
+        has_masks = self.masks or self.validation_masks or self.test_masks
+        if (given or self.turn_masks) and self.coco and not has_masks:
+            raise DataError([f"--{[*given, 'turn-masks'][0]}: expected --masks, and COCO annotations have none."])
+        numbers = [name for name in given if name != "threshold"]
+        if numbers and self.mask_pattern and "*" in self.mask_pattern.removesuffix(".*"):
+            raise DataError([f"--{numbers[0]}: a * in --mask-pattern stands for files of one object each."])
+        if "threshold" in given and self.color_masks:
+            raise DataError(["--threshold: colours have no order; expected masks of numbers, without --color-masks."])
 
     @property
     def image_reading(self) -> ImageReading:

@@ -10,10 +10,11 @@ from labelled_images import MASK_SIDE, blocks
 from PIL import Image
 
 from finetuning.folders import paired_files
+from finetuning.labels import LabelReading
 from finetuning.overlaps import mask_of
 from finetuning.patterns import Pattern
 from finetuning.samples import train_validation_parts
-from finetuning.sources import DataError
+from finetuning.sources import DataError, SourceList
 
 
 def save(path: Path, pixels: np.ndarray) -> None:
@@ -119,6 +120,16 @@ def test_each_file_is_an_object_where_the_pattern_has_a_star(pattern, tmp_path):
         assert whole.left_out == {"mask files are left out: they are empty": 1}
 
 
+def test_soft_edges_of_one_object(tmp_path):
+    save_all(tmp_path, "i/a.png")
+    mask = np.zeros((40, 48), np.uint8)
+    mask[5:20, 5:20], mask[8:17, 8:17] = 90, 200
+    save(tmp_path / "m" / "a" / "0.png", mask)
+    given = {"mask_pattern": "{stem}/*.png", "labels": LabelReading(threshold=128)}
+    (source,) = paired_files(tmp_path / "i", tmp_path / "m", **given).sources
+    np.testing.assert_array_equal(source.read().labels, mask == 200)
+
+
 @pytest.mark.parametrize(
     ("mask", "problem"),
     [
@@ -141,7 +152,8 @@ def test_each_colour_but_black_is_an_object(alpha, background, tmp_path):
     colours = np.stack([labels * 7 % 256, labels // 2, labels * 0 + 3], -1).astype(np.uint8) * (labels > 0)[..., None]
     save_all(tmp_path, "i/a.png")
     save(tmp_path / "m" / "a.png", np.dstack([colours, labels * 0 + 255]).astype(np.uint8) if alpha else colours)
-    (source,) = paired_files(tmp_path / "i", tmp_path / "m", color_masks=True).sources
+    given = LabelReading(background=(0,))
+    (source,) = paired_files(tmp_path / "i", tmp_path / "m", color_masks=True, labels=given).sources
     read = source.read().labels
     assert (
         len(np.unique(labels))
@@ -149,6 +161,30 @@ def test_each_colour_but_black_is_an_object(alpha, background, tmp_path):
         == len(np.unique(np.stack([labels, read]).reshape(2, -1).T, axis=0))
     )
     assert (read == 0).sum() == (labels == 0).sum() and read.dtype == np.uint8
+
+
+WHITE, CREAM, RED, GREEN = (255, 255, 255), (224, 224, 192), (128, 0, 0), (0, 128, 0)
+
+
+def coloured(folder: Path, background: tuple, *objects: tuple, border: tuple | None = None) -> SourceList:
+    """Reads two colour masks with squares side by side, perhaps with a border around each."""
+    mask = np.full((40, 20 * len(objects), 3), background, dtype=np.uint8)
+    for place, colour in enumerate(objects):
+        mask[8:32, 20 * place + 3 : 20 * place + 17] = colour if border is None else border
+        mask[10:30, 20 * place + 5 : 20 * place + 15] = colour
+    for name in ("i/a.png", "m/a.png", "i/b.png", "m/b.png"):
+        save(folder / name, mask)
+    return paired_files(folder / "i", folder / "m", color_masks=True)
+
+
+def test_colours_are_examined_as_numbers_are(tmp_path):
+    found = coloured(tmp_path / "white", WHITE, RED, GREEN)
+    assert "16777215 surrounds all else, and is the background" in found.notes[0]
+    assert len(np.unique(found.sources[0].read().labels)) == 3
+    with pytest.raises(DataError, match=r"14737600 is in 2 of 2 masks.* say --void 14737600"):
+        coloured(tmp_path / "border", (0, 0, 0), RED, GREEN, border=CREAM)
+    with pytest.raises(DataError, match=r"4 labels in 8 separate parts.* say --instances components"):
+        coloured(tmp_path / "classes", (0, 0, 0), RED, RED, GREEN, GREEN)
 
 
 def test_numbers_of_16_bits_are_no_colours(tmp_path):

@@ -79,6 +79,37 @@ def test_lists_of_binary_masks_may_overlap(tmp_path):
     assert first.left_out == {"masks are left out: they are empty": 1} and not second.labels.any()
 
 
+@pytest.mark.parametrize("size", [(40, 48), (40, 40)])
+def test_masks_are_turned_with_their_images(size, tmp_path):
+    """Where the size leaves a doubt, only if that is asked for; else it is said."""
+    labels, grey = blocks()[: size[0], : size[1]].astype(np.uint16), GREY[: size[0], : size[1]]
+    stream, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(grey).save(stream, "PNG", exif=exif)
+    path = saved(table([encoded(labels)] * 2, datasets.Image(), {"bytes": stream.getvalue(), "path": None}), tmp_path)
+    for option in ([], ["--turn-masks"]):
+        whole = read("--dataset", path, *option)[0]
+        np.testing.assert_array_equal(whole.image[..., 0], np.rot90(grey, -1))
+        is_turned = bool(option) or size[0] != size[1]
+        np.testing.assert_array_equal(whole.labels, np.rot90(labels, -1) if is_turned else labels)
+        assert ("but not their masks" in str(whole.notes)) != is_turned and len(whole.notes) == 1
+
+
+@pytest.mark.parametrize(
+    ("are_lists", "option", "problem"),
+    [
+        (True, ["--void", "255"], "--void: expected label images, and mask in .* has objects"),
+        (False, ["--categories", "cell"], "--categories: expected objects with a category, and mask in .* has masks"),
+    ],
+)
+def test_settings_that_would_change_nothing_are_refused(are_lists, option, problem, tmp_path):
+    mask = encoded(blocks().astype(np.uint16))
+    feature = datasets.List(datasets.Image()) if are_lists else datasets.Image()
+    path = saved(table([[mask] if are_lists else mask] * 2, feature), tmp_path)
+    with pytest.raises(DataError, match=problem):
+        read("--dataset", path, *option)
+
+
 def test_parts_of_semantic_masks(tmp_path):
     data = table([encoded(((blocks() > 0) * 7).astype(np.uint8))] * 2, datasets.Image())
     whole = read("--dataset", saved(data, tmp_path), "--instances", "components")

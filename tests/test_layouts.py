@@ -231,6 +231,10 @@ def test_groups_that_cannot_be_kept_together_are_refused(tmp_path):
     ("arguments", "problem"),
     [
         ("--mask-pattern {stem}_m.png", "--mask-pattern: expected --masks, too"),
+        ("--images i --coco c --void 255", "--void: expected --masks, and COCO annotations have none"),
+        ("--images i --coco c --turn-masks", "--turn-masks: expected --masks, and COCO annotations have none"),
+        ("--images i --masks m --mask-pattern {stem}/*.png --instances labels", "--instances: a * in --mask-pattern"),
+        ("--images i --masks m --color-masks --threshold 9", "--threshold: colours have no order"),
         ("--images i --coco c --color-masks", "--color-masks: expected --masks, too"),
         ("--images i --masks m --color-masks --mask-pattern {stem}/*.png", "files of one object each"),
         ("--images i --masks m --mask-pattern a.png", "The pattern a.png: expected {stem} in it, once"),
