@@ -49,6 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
             EvaluationRequest(
                 DataSettings(**{name: value for name, value in given.items() if value is not None}),
                 args.held_out,
+                args.seed,
                 args.adapter,
                 args.model,
                 args.base,
@@ -75,6 +76,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
     group = parser.add_argument_group("what to evaluate")
     group.add_argument("--held-out", action="store_true", help="only what finetune.py holds out for validation")
+    group.add_argument("--seed", type=int, help="that of finetune.py, which chose what is held out (0)")
     group.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="ways to prompt")
     group.add_argument("--clicks", type=int, default=8, help="most clicks on an object")
 

@@ -48,6 +48,7 @@ class EvaluationRequest:
     Args:
         data: Labelled images. How their files become colours is among `changes`, or came with the model.
         held_out: Whether to evaluate on what the recipe holds out for validation only, as the data settings divide it.
+        seed: Of the run that held it out; None for 0, its default.
         adapter: Folder or Hub id of an adapter.
         model: Folder or Hub id of a whole model, instead of an adapter.
         base: Folder or Hub id of the model before; None for that of the adapter.
@@ -62,6 +63,7 @@ class EvaluationRequest:
 
     data: DataSettings
     held_out: bool = False
+    seed: int | None = None
     adapter: str | None = None
     model: str | None = None
     base: str | None = None
@@ -79,6 +81,8 @@ class EvaluationRequest:
         if self.clicks < 1:
             raise SettingsError(f"--clicks {self.clicks}: expected 1 or more.")
         if not self.held_out:
+            if self.seed is not None:
+                raise SettingsError("--seed: expected --held-out, too.")
             for name in HELD_OUT_ONLY:
                 if getattr(self.data, name):
                     raise SettingsError(f"--{name.replace('_', '-')}: expected --held-out, too.")
@@ -129,7 +133,7 @@ def read_images(request: EvaluationRequest, reading: ImageReading) -> tuple[list
         max_pixels=reading.max_pixels,
     )
     if request.held_out or not (data.images or data.dataset):
-        parts, about_data = read_data(replace(data, tile=None, min_area=0), mask_side=1024, seed=0)
+        parts, about_data = read_data(replace(data, tile=None, min_area=0), mask_side=1024, seed=request.seed or 0)
         return [evaluation_image(sample) for sample in parts.validation], f"{about_data}, the part held out"
     samples, problems = [], []
     for source in read_sources(data).sources:

@@ -9,15 +9,18 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from labelled_images import MASK_SIDE
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import AutoProcessor, SamModel
 
 import evaluate
+import finetune
 from checkpoint_tools.checkout import SAM_TINY, split_class
 from finetuning.decoding import ImageReading
 from finetuning.metrics import detection_metrics
 from finetuning.model import load_base
+from finetuning.recipe import read_data
 from finetuning.samples import Sample
 from finetuning.scoring import (
     EvaluationImage,
@@ -253,6 +256,15 @@ def test_clicks_are_where_the_mask_is_wrong():
         assert (x in columns, list(labels)) == (True, [1, label])
 
 
+@pytest.mark.parametrize("seed", [0, 3])
+def test_what_is_held_out_is_what_training_did_not_see(seed, photos, tmp_path):
+    options = [*photos, "--seed", str(seed)]
+    settings = finetune.parse_args([*options, "--output", str(tmp_path)])
+    parts, _ = read_data(settings.data, MASK_SIDE, seed)
+    _, rows = run(*options, "--held-out", "--modes", "boxes", "--output", tmp_path / "out")
+    assert {row["image"] for row in rows} == {sample.source.name for sample in parts.validation}
+
+
 def test_categories_are_counted_apart():
     truth = np.zeros((10, 40), int)
     truth[2:8, 2:8], truth[2:8, 20:26] = 1, 2
@@ -277,6 +289,7 @@ def test_categories_are_counted_apart():
         (["--images", "nothing", "--masks", "other"], "is not a folder"),
         (["--images", "nothing"], "expected --images together with --masks"),
         (["--validation", "0.3"], "--validation: expected --held-out, too"),
+        (["--seed", "3"], "--seed: expected --held-out, too"),
         (["--min-iou", "2"], "min_iou 2.0: expected a number from 0 to 1"),
     ],
 )
