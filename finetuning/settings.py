@@ -130,7 +130,9 @@ class PromptSettings:
     )
     points: int = HfArg(default=1, help="points inside each object")
     negative_points: int = HfArg(default=0, help="points outside each object")
-    rounds: int = HfArg(default=1, help="rounds of corrective clicks: up to 8 clicks together; 0 for none")
+    rounds: int | None = HfArg(
+        default=None, help="rounds of corrective clicks: up to 8 clicks together (1 for mixed prompts, else 0)"
+    )
     objects: int = HfArg(default=6, help="objects per image and training step")
     multimask: bool | None = HfArg(
         default=None,
@@ -145,6 +147,8 @@ class PromptSettings:
 
     def __post_init__(self) -> None:
         require_at_least(1, self, "points", "objects", "grid")
+        if self.rounds is None:
+            self.rounds = int(self.prompts == "mixed")
         require_at_least(0, self, "negative_points", "rounds")
 
 
@@ -260,7 +264,7 @@ class Settings:
                 f"--cache-embeddings and --augment {' '.join(self.data.augment)}: expected --augment none, as each "
                 "image is encoded once."
             )
-        validated = Prompting(self.prompts.prompts, self.prompts.rounds).validated
+        validated = Prompting(self.prompts.prompts, self.prompts.rounds or 0).validated
         metrics = ("iou", *(f"iou_{kind}" for kind in validated), AUTOMATIC, "loss", *OTHER_METRICS)
         if self.training.metric_for_best_model not in metrics:
             raise SettingsError(

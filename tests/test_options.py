@@ -39,10 +39,7 @@ def refusal(arguments: list[str], capsys) -> str:
         (["--method", "decoder", "--train-decoder", "lora"], "adds no adapters"),
         (["--method", "all"], "invalid choice: 'all'"),
         (["--select", "best"], "--select best: expected one of iou, iou_point, iou_box, iou_clicks, automatic"),
-        (
-            ["--select", "iou_clicks", "--prompts", "box", "--rounds", "0"],
-            "--select iou_clicks: expected one of iou, iou_box",
-        ),
+        (["--select", "iou_clicks", "--prompts", "box"], "--select iou_clicks: expected one of iou, iou_box"),
         (["--overlap", "0.95"], "--overlap 0.95: expected a share from 0 to 0.9"),
         (["--cache-embeddings", "x"], "--cache-embeddings and --method lora: expected --method decoder"),
         (["--cache-embeddings", "x", "--method", "decoder", "--augment", "crop"], "expected --augment none"),

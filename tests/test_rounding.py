@@ -8,7 +8,7 @@ import torch
 from conftest import configure, randomize, rewrite, stock_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraModel
-from transformers import SamConfig, SamModel
+from transformers import SamModel
 
 from checkpoint_tools import conversions, fused_adapters
 from checkpoint_tools.checkout import split_class
@@ -56,7 +56,7 @@ def test_what_is_written_is_what_was_rounded(dtype, tmp_path, refused, monkeypat
     """A change of the file is not taken for rounding."""
     write_adapter(base_in(dtype, tmp_path / "base"), tmp_path / "adapter", 0.03)
 
-    def tamper(source: str, folder: Path, config: SamConfig) -> None:
+    def tamper(source: str, folder: Path, *_: object) -> None:
         rewrite(folder, lambda weights: weights["vision_encoder.neck.conv1.weight"].mul_(1.01))
 
     monkeypatch.setattr(conversions, "copy_processor", tamper)
