@@ -2,16 +2,17 @@
 
 import json
 import math
-from collections import Counter, defaultdict
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from .data_pictures import draw_samples
 from .decoding import number_of
 from .samples import Sample, TrainValidationParts, lines
+from .sources import Source
 
 
 PICTURE, FILE = "data.png", "data.json"
@@ -31,22 +32,23 @@ class PartSummary:
         samples: The number of images, or of tiles.
     """
 
-    objects_per_image: list[int]
-    areas: list[int]
-    mask_areas: list[int]
+    objects_per_image: np.ndarray
+    areas: np.ndarray
+    mask_areas: np.ndarray
     samples: int
 
     @classmethod
     def of(cls, samples: list[Sample]) -> "PartSummary":
         """Counts the objects of samples; of those that several tiles show, where they show most."""
-        sizes: dict[Any, dict[int, tuple[int, int]]] = defaultdict(dict)
-        for sample in samples:
-            objects = sizes[sample.source]
-            areas_here = zip(sample.areas.tolist(), sample.mask_areas.tolist(), strict=True)
-            for number, pair in zip(sample.ids.tolist(), areas_here, strict=True):
-                objects[number] = max(objects.get(number, (0, 0)), pair)
-        areas, mask_areas = zip(*(pair for objects in sizes.values() for pair in objects.values()), strict=True)
-        return cls([len(objects) for objects in sizes.values()], list(areas), list(mask_areas), len(samples))
+        places: dict[Source, int] = {}
+        images = np.concatenate([np.full(len(one.ids), places.setdefault(one.source, len(places))) for one in samples])
+        ids, areas, mask_areas = (
+            np.concatenate([getattr(one, name) for one in samples]) for name in ("ids", "areas", "mask_areas")
+        )
+        order = np.lexsort((mask_areas, areas, ids, images))
+        images, ids, areas, mask_areas = images[order], ids[order], areas[order], mask_areas[order]
+        is_last = np.append((np.diff(images) != 0) | (np.diff(ids) != 0), True)
+        return cls(np.bincount(images[is_last]), areas[is_last], mask_areas[is_last], len(samples))
 
 
 @dataclass
@@ -105,9 +107,9 @@ class DataSummary:
             ]
         )
 
-    def all_of(self, name: str) -> list[int]:
+    def all_of(self, name: str) -> np.ndarray:
         """The numbers of all parts together."""
-        return [number for part in self.parts.values() for number in getattr(part, name)]
+        return np.concatenate([getattr(part, name) for part in self.parts.values()])
 
     def advice(self) -> list[str]:
         """What to do about sizes and numbers that make training hard."""
@@ -142,7 +144,7 @@ class DataSummary:
         draw_samples({ADJECTIVES[name]: getattr(parts, name) for name in self.parts}).save(folder / PICTURE)
 
 
-def spread(numbers: list[int]) -> str:
+def spread(numbers: Sequence[int] | np.ndarray) -> str:
     """`1 to 20 (median 5)`, or the only number."""
     low, middle, high = min(numbers), float(np.median(numbers)), max(numbers)
     return f"{low:,}" if low == high else f"{low:,} to {high:,} (median {middle:,.0f})"

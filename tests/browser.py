@@ -98,7 +98,9 @@ def drag(page: Page, start: tuple[float, float], stop: tuple[float, float]) -> N
 
 def on_screen(page: Page, x: float, y: float) -> tuple[float, float]:
     """Where a pixel of the coins is shown."""
-    box = page.locator("#picture img").bounding_box()
+    image = page.locator("#picture img")
+    image.element_handle().wait_for_element_state("stable")  # a picture of another shape moves what is around it
+    box = image.bounding_box()
     return box["x"] + x / COINS[0] * box["width"], box["y"] + y / COINS[1] * box["height"]
 
 
