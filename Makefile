@@ -24,6 +24,8 @@ test-all: quality
 	$(MAKE) --jobs=3 $(ROWS:%=.venv/%/installed)
 	$(MAKE) $(ROWS:%=test-%)
 
+# The page and the notebook have the same packages of their own in every row.
+test-floor: PYTEST += --ignore=tests/test_app_page.py --ignore=tests/test_notebook.py
 test-latest: PYTEST += -m "not slow"
 
 test-%: .venv/%/installed
