@@ -36,7 +36,12 @@ from .settings import DataSettings, SettingsError
 
 OUTPUT = "evaluation"  # the kind of output
 HELD_OUT_ONLY = (
-    *("validation", "validation_images", "validation_masks", "validation_coco", "validation_split", "group_pattern"),
+    "validation",
+    "validation_images",
+    "validation_masks",
+    "validation_coco",
+    "validation_split",
+    "group_pattern",
 )
 BEFORE, AFTER = "before", "after"
 

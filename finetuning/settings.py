@@ -91,7 +91,7 @@ class DataSettings(SourceSettings):
         if (given or self.turn_masks) and self.coco and not has_masks:
             raise DataError([f"--{[*given, 'turn-masks'][0]}: expected --masks, and COCO annotations have none."])
         numbers = [name for name in given if name != "threshold"]
-        if numbers and self.mask_pattern and "*" in self.mask_pattern.removesuffix(".*"):
+        if numbers and self.has_file_per_object:
             raise DataError([f"--{numbers[0]}: a * in --mask-pattern stands for files of one object each."])
         if "threshold" in given and self.color_masks:
             raise DataError(["--threshold: colours have no order; expected masks of numbers, without --color-masks."])

@@ -70,15 +70,20 @@ class SourceSettings:
         for name in ("image_pattern", "mask_pattern", "color_masks"):
             if getattr(self, name) and not self.masks:
                 raise DataError([f"--{name.replace('_', '-')}: expected --masks, too."])
-        if self.mask_pattern and "*" in self.mask_pattern.removesuffix(".*") and self.color_masks:
-            raise DataError(["--color-masks: a * in --mask-pattern stands for files of one object each."])
         if self.categories and not (self.coco or self.dataset):
             raise DataError(["--categories: expected --coco or --dataset, too."])
         for text, name in ((self.image_pattern, "stem"), (self.mask_pattern, "stem"), (self.group_pattern, "group")):
             if text is not None:
                 Pattern(text, name)
+        if self.color_masks and self.has_file_per_object:
+            raise DataError(["--color-masks: a * in --mask-pattern stands for files of one object each."])
         for part in ("validation", "test"):
             self._check_part(part)
+
+    @property
+    def has_file_per_object(self) -> bool:
+        """Whether each mask file is one object."""
+        return self.mask_pattern is not None and Pattern(self.mask_pattern).is_of_several
 
     @property
     def paths(self) -> list[Path]:
