@@ -42,6 +42,7 @@ HELD_OUT_ONLY = (
     "validation_coco",
     "validation_split",
     "group_pattern",
+    "group_column",
 )
 BEFORE, AFTER = "before", "after"
 

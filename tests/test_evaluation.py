@@ -290,6 +290,7 @@ def test_categories_are_counted_apart():
         (["--images", "nothing"], "expected --images together with --masks"),
         (["--validation", "0.3"], "--validation: expected --held-out, too"),
         (["--seed", "3"], "--seed: expected --held-out, too"),
+        (["--dataset", "d", "--group-column", "patient"], "--group-column: expected --held-out, too"),
         (["--min-iou", "2"], "min_iou 2.0: expected a number from 0 to 1"),
     ],
 )
