@@ -15,7 +15,7 @@ with needs("app"):
 
     from checkpoint_tools.errors import one_line_errors
     from checkpoint_tools.quiet import quiet
-    from finetuning.segmentation_settings import add_arguments, add_reading_arguments, changes_of
+    from segmentation.settings import add_arguments, add_reading_arguments, changes_of
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -18,12 +18,12 @@ with needs("finetune"):
 
     from checkpoint_tools.errors import one_line_errors
     from checkpoint_tools.quiet import quiet
-    from finetuning.decoding import ImageReading
-    from finetuning.evaluation import EvaluationRequest, evaluate
+    from evaluation.request import EvaluationRequest, evaluate
+    from evaluation.scoring import MODES
     from finetuning.options import HelpFormatter
-    from finetuning.scoring import MODES
-    from finetuning.segmentation_settings import add_arguments, changes_of
-    from finetuning.settings import DataSettings
+    from image_data.data_settings import DataSettings
+    from image_data.decoding import ImageReading
+    from segmentation.settings import add_arguments, changes_of
 
 
 FOR_TRAINING = {"augment", "min_area", "test_images", "test_masks", "test_coco", "test_split"}

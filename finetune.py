@@ -17,11 +17,12 @@ with needs("finetune"):
     from checkpoint_tools.errors import one_line_errors
     from checkpoint_tools.pushing import PushError
     from checkpoint_tools.quiet import quiet
-    from finetuning.model import ModelError
     from finetuning.options import parse
     from finetuning.recipe import finetune
-    from finetuning.settings import Settings, SettingsError
-    from finetuning.sources import DataError
+    from finetuning.settings import Settings
+    from image_data.setting_checks import SettingsError
+    from image_data.sources import DataError
+    from segmentation.pretrained import ModelError
 
 
 def main(arguments: list[str] | None = None) -> None:

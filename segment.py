@@ -16,9 +16,9 @@ with needs("finetune"):
 
     from checkpoint_tools.errors import one_line_errors
     from checkpoint_tools.quiet import quiet
-    from finetuning.segmentation import SegmentationRequest, segment_files
-    from finetuning.segmentation_settings import add_arguments, add_reading_arguments, changes_of
-    from finetuning.segmenter import PromptedObject
+    from segmentation.request import SegmentationRequest, segment_files
+    from segmentation.segmenter import PromptedObject
+    from segmentation.settings import add_arguments, add_reading_arguments, changes_of
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Times finding all objects of an image: `finetuning.automatic` against the mask-generation pipeline of transformers.
+"""Times finding all objects: `segmentation.automatic` against the mask-generation pipeline of transformers.
 
 python -m benchmarks.automatic [--base checkpoints/sam-tiny --min-iou 0.5 --min-stability 0.7]
 
@@ -17,12 +17,12 @@ from transformers import pipeline
 from transformers.utils import is_torchvision_available
 
 from checkpoint_tools.checkout import SAM_TINY
-from finetuning.automatic import automatic_segments
-from finetuning.images import read_image
-from finetuning.model import load_base
-from finetuning.predictor import Predictor
-from finetuning.segmentation_settings import SegmentationSettings
-from finetuning.sources import Coins
+from image_data.images import read_image
+from image_data.sources import Coins
+from segmentation.automatic import automatic_segments
+from segmentation.predictor import Predictor
+from segmentation.pretrained import load_base
+from segmentation.settings import SegmentationSettings
 
 
 def main() -> None:

@@ -20,10 +20,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from checkpoint_tools.checkout import ROOT, SAM_TINY
-from finetuning.folders import FilePair
-from finetuning.model import load_base
 from finetuning.prompts import ItemEncoder, Prompts, TrainingSet
-from finetuning.samples import CACHE, Sample, areas_of
+from image_data.folders import FilePair
+from image_data.samples import CACHE, Sample, areas_of
+from segmentation.pretrained import load_base
 
 
 MASK_SIDE = 256

@@ -30,7 +30,7 @@ TEMPLATE = Path(__file__).with_name("space_card_template.md")
 EXAMPLE = Path("docs", "images", "coins.png")
 # All files of a Space. A push replaces or deletes files of an earlier push that match.
 FILES = ("README.md", "LICENSE", "app.py", "requirements.txt", "*_sam_split.py", str(EXAMPLE))
-PACKAGES = ("checkpoint_tools", "finetuning", "webapp")
+PACKAGES = ("checkpoint_tools", "image_data", "segmentation", "webapp")
 NEEDED_BY_NAME = {"torch", "gradio", "transformers", "peft"}  # whatever imports them
 RESULTS = re.compile(r"\b(iou|dice|accuracy|precision|recall|score|map|ap|msa|before|after)\b", re.IGNORECASE)
 
@@ -286,4 +286,4 @@ def loading_code(model: PinnedModel) -> str:
     if model.adapter:
         values.append(f'adapter_revision="{model.adapter_commit}"')
     lines = "".join(f"    {value},\n" for value in values)
-    return f"from finetuning.model import {function}\n\nmodel, processor = {function}(\n{lines})"
+    return f"from segmentation.pretrained import {function}\n\nmodel, processor = {function}(\n{lines})"

@@ -89,7 +89,7 @@ print(f"{model.num_parameters():,} parameters, images of {side} pixels")
 # image (H, W, 3) and its labels (H, W).
 
 # %%
-from finetuning.sources import Coins
+from image_data.sources import Coins
 
 
 def half(image, labels, columns):
@@ -125,10 +125,10 @@ for axis, title, (image, labels) in zip(axes, ("training", "held out"), (*train,
 
 # %%
 from examples.finetune_minimal import mask_loss, object_ids, predict, random_point
-from finetuning.clicks import deepest
-from finetuning.metrics import detection_metrics
-from finetuning.predictor import ObjectPrompts, Predictor
-from finetuning.segments import iou_matrix, segment_of
+from segmentation.clicks import deepest
+from evaluation.metrics import detection_metrics
+from segmentation.predictor import ObjectPrompts, Predictor
+from segmentation.segments import iou_matrix, segment_of
 
 
 def evaluate(model, pairs):
@@ -272,8 +272,8 @@ print(f"Mean IoU on the held-out coins: {evaluate(model, held_out)[0]:.3f}")
 # `python evaluate.py` prints these numbers for an adapter, before and after, with boxes and corrective clicks as well.
 
 # %%
-from finetuning.segmentation_settings import SegmentationSettings
-from finetuning.segmenter import ImageSegmenter
+from segmentation.settings import SegmentationSettings
+from segmentation.segmenter import ImageSegmenter
 
 
 settings = SegmentationSettings(grid=16, min_iou=0.6, min_stability=0.7)

@@ -1,3 +1,3 @@
-"""What `finetune.py`, `segment.py` and `evaluate.py` are made of."""
+"""Trains a split SAM, or adapters of it, on images with labelled objects."""
 
 import checkpoint_tools as checkpoint_tools  # imports nothing, and quietens what PEFT imports

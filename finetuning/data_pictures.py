@@ -6,12 +6,12 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
-from .clicks import deepest
-from .decoding import number_of
-from .overlaps import void_of
-from .overlays import draw_segments
-from .samples import Sample
-from .segments import Segment, segments_of
+from image_data.decoding import number_of
+from image_data.overlaps import void_of
+from image_data.samples import Sample
+from segmentation.clicks import deepest
+from segmentation.overlays import draw_segments
+from segmentation.segments import Segment, segments_of
 
 
 COLUMNS, MOST = 3, 6

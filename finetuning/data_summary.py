@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
+from image_data.decoding import number_of
+from image_data.samples import Sample, TrainValidationParts, lines
+from image_data.sources import Source
+
 from .data_pictures import draw_samples
-from .decoding import number_of
-from .samples import Sample, TrainValidationParts, lines
-from .sources import Source
 
 
 PICTURE, FILE = "data.png", "data.json"

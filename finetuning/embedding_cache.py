@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import PreTrainedModel, SamProcessor
 
-from .samples import Sample
+from image_data.samples import Sample
 
 
 NAME = "image_embeddings"

@@ -14,17 +14,11 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from checkpoint_tools.checkout import ROOT, SAM_TINY
 from checkpoint_tools.messages import one_line
+from image_data.data_settings import DataSettings
+from image_data.setting_checks import SettingsError
+from image_data.source_settings import SourceSettings
 
-from .settings import (
-    DataSettings,
-    ModelSettings,
-    OutputSettings,
-    PromptSettings,
-    Settings,
-    SettingsError,
-    TrainingSettings,
-)
-from .source_settings import SourceSettings
+from .settings import ModelSettings, OutputSettings, PromptSettings, Settings, TrainingSettings
 
 
 GROUPS = (DataSettings, PromptSettings, ModelSettings, OutputSettings, TrainingSettings)

@@ -10,8 +10,8 @@ matplotlib.use("Agg")  # no window is opened, and none is needed
 import matplotlib.pyplot as plt
 import numpy as np
 
-from .overlays import distinct_colours, draw_segments
-from .segments import segment_of
+from segmentation.overlays import distinct_colours, draw_segments
+from segmentation.segments import segment_of
 
 
 def plot_masks(rows: list[dict[str, Any]], file: Path | IO[bytes]) -> None:

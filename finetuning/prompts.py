@@ -9,11 +9,12 @@ from scipy import ndimage
 from torch.utils.data import Dataset
 from transformers import SamProcessor
 
+from image_data.overlaps import mask_of, void_of
+from image_data.samples import Sample, Window, shrink, visible
+from segmentation.clicks import deepest
+
 from .augmentation import blurred, changed_intensity
-from .clicks import deepest
 from .embedding_cache import EmbeddingCache
-from .overlaps import mask_of, void_of
-from .samples import Sample, Window, shrink, visible
 
 
 PADDING = -10  # SAM's label for padding points

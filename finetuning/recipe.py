@@ -16,15 +16,17 @@ from checkpoint_tools.fetching import fetch
 from checkpoint_tools.licences import Licence
 from checkpoint_tools.named_bases import named_base
 from checkpoint_tools.pushing import check_destination
+from image_data.layouts import read_data
+from image_data.samples import Sample
+from image_data.setting_checks import SettingsError
+from segmentation.pretrained import load_base
 
 from .data_summary import PICTURE, DataSummary
-from .layouts import read_parts
-from .model import four_bits, load_base, make_trainable
+from .model import four_bits, make_trainable
 from .prompts import ValidationSet
 from .results import destination_of, write_results
 from .runs import opened_run, write_check
-from .samples import Sample, TrainValidationParts, train_validation_parts
-from .settings import DataSettings, Settings, SettingsError
+from .settings import Settings
 from .training import PromptTrainer, build_trainer, metrics_of
 
 
@@ -157,27 +159,6 @@ def require_login(token: str | None) -> None:
         raise SettingsError(
             f"--push-to-hub: not logged in to the Hub. Run `hf auth login`. ({type(error).__name__})"
         ) from None
-
-
-def read_data(settings: DataSettings, mask_side: int, seed: int) -> tuple[TrainValidationParts, str]:
-    """Returns the samples, and a few words on what they are."""
-    found = read_parts(settings)
-    validation = settings.validation or (0.5 if len(found.train.sources) == 1 else 0.2)
-    parts = train_validation_parts(
-        found.train.sources,
-        mask_side,
-        validation,
-        settings.tile,
-        settings.overlap,
-        settings.min_area,
-        seed,
-        own_validation=found.validation.sources if found.validation else (),
-        test=found.test.sources if found.test else (),
-    )
-    for part in found.given.values():
-        parts.left_out += part.left_out
-    parts.notes[:0] = [note for part in found.given.values() for note in part.notes]
-    return parts, found.about or "A photograph of coins"
 
 
 def parameter_counts(model: torch.nn.Module) -> tuple[int, int]:

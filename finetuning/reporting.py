@@ -13,8 +13,8 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from transformers.integrations import TensorBoardCallback
 
 from checkpoint_tools.masks import best_rated
+from image_data.overlaps import mask_of
 
-from .overlaps import mask_of
 from .plots import plot_masks
 from .prompts import OUTSIDE, ValidationSet
 from .rounds import POINT, Prompting, Rounds

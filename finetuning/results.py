@@ -18,15 +18,16 @@ from checkpoint_tools.outputs import staged
 from checkpoint_tools.plain_settings import keep_known_settings
 from checkpoint_tools.pushing import FILES, Destination, check_destination
 from checkpoint_tools.pushing import push as push_files
+from evaluation.thresholds import labelled_images, sweep_thresholds
+from image_data.samples import TrainValidationParts
+from segmentation.predictor import Predictor
+from segmentation.pretrained import load_base
 
 from .cards import Kind, card, is_stock, worse_than_base
-from .model import load_base, trained
+from .model import trained
 from .plots import plot_curves, plot_masks
-from .predictor import Predictor
 from .reporting import items_to_show, picture_row, predict
-from .samples import TrainValidationParts
 from .settings import Settings, TrainingSettings
-from .thresholds import labelled_images, sweep_thresholds
 from .training import PromptTrainer, segmentation_settings
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from .settings import SettingsError
+from image_data.setting_checks import SettingsError
 
 
 def earlier_settings(file: Path) -> dict[str, Any]:

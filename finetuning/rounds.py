@@ -17,8 +17,7 @@ import numpy as np
 import torch
 
 from checkpoint_tools.masks import best_rated
-
-from .clicks import corrective_click
+from segmentation.clicks import corrective_click
 
 
 POINT, BOX, CLICKS = "point", "box", "clicks"

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint_tools.outputs import locked, mark, read_marker, staged
+from image_data.samples import TrainValidationParts
+from image_data.setting_checks import SettingsError
 
 from .data_summary import FILE, PICTURE, DataSummary
 from .options import write_file
 from .resuming import earlier_settings, last_checkpoint
-from .samples import TrainValidationParts
-from .settings import Settings, SettingsError
+from .settings import Settings
 
 
 KIND = "fine-tuning run"

@@ -18,16 +18,17 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput
 
+from evaluation.thresholds import labelled_images, sweep_thresholds
+from image_data.samples import Sample, TrainValidationParts
+from segmentation.predictor import Predictor
+from segmentation.settings import SegmentationSettings
+
 from .embedding_cache import EmbeddingCache
 from .losses import MaskMetrics, StepLoss, object_scores
-from .predictor import Predictor
 from .prompts import ItemEncoder, Prompts, TrainingSet, ValidationSet
 from .reporting import TRACKERS, MaskPictures
 from .rounds import LastImage, Prediction, Prompting
-from .samples import Sample, TrainValidationParts
-from .segmentation_settings import SegmentationSettings
 from .settings import AUTOMATIC, Settings
-from .thresholds import labelled_images, sweep_thresholds
 
 
 class PromptTrainer(Trainer):

@@ -11,7 +11,7 @@ from transformers.hf_argparser import HfArg
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.deepspeed import is_deepspeed_available
 
-from .setting_checks import SettingsError, option, require_at_least
+from image_data.setting_checks import SettingsError, option, require_at_least
 
 
 def other_default(name: str, value: Any) -> Any:

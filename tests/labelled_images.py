@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_masks
 
-from finetuning.sources import LabelledImage, Source
+from image_data.sources import LabelledImage, Source
 
 
 MASK_SIDE = 32  # of the tiny models

@@ -15,7 +15,7 @@ from transformers import AutoProcessor, SamModel
 
 import app
 from checkpoint_tools.checkout import ROOT, SAM_TINY, split_class
-from finetuning.segmentation_settings import SegmentationSettings
+from segmentation.settings import SegmentationSettings
 from webapp import session as actions
 from webapp import zero_gpu
 from webapp.drawing import draw, draw_masks

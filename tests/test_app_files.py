@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from checkpoint_tools.checkout import ROOT
-from finetuning.coco_masks import decode
+from image_data.coco_masks import decode
 from segment import main as run_segment
 from webapp import session as actions
 from webapp.downloads import write_files

@@ -14,9 +14,9 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 
 from checkpoint_tools.checkout import ROOT, SAM_TINY, split_class
-from finetuning.coco_masks import decode
-from finetuning.segmentation_settings import SegmentationSettings
-from finetuning.sources import Coins
+from image_data.coco_masks import decode
+from image_data.sources import Coins
+from segmentation.settings import SegmentationSettings
 
 
 COINS = ROOT / "docs" / "images" / "coins.png"

@@ -9,11 +9,11 @@ from skimage import measure
 from transformers import AutoProcessor, SamModel
 
 from checkpoint_tools.checkout import SAM_TINY
-from finetuning.automatic import automatic_segments, choose, find_candidates, grid_points, stability_scores
-from finetuning.predictor import ObjectPrompts, Predictor
-from finetuning.segmentation_settings import SegmentationSettings
-from finetuning.segments import as_labels, clean, distinct, segment_of, segments_of
 from pretraining.drawn_scenes import draw_scene
+from segmentation.automatic import automatic_segments, choose, find_candidates, grid_points, stability_scores
+from segmentation.predictor import ObjectPrompts, Predictor
+from segmentation.segments import as_labels, clean, distinct, segment_of, segments_of
+from segmentation.settings import SegmentationSettings
 
 
 def random_masks(number: int, seed: int = 0) -> np.ndarray:

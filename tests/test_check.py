@@ -12,12 +12,12 @@ from PIL import Image
 
 import finetune
 from checkpoint_tools.checkout import ROOT
-from finetuning.decoding import ImageReading
-from finetuning.image_cache import ImageCache
-from finetuning.overlays import COLOURS
-from finetuning.samples import CACHE, train_validation_parts
-from finetuning.segmentation_settings import SegmentationSettings
-from finetuning.sources import LabelledImage, Source
+from image_data.decoding import ImageReading
+from image_data.image_cache import ImageCache
+from image_data.samples import CACHE, train_validation_parts
+from image_data.sources import LabelledImage, Source
+from segmentation.overlays import COLOURS
+from segmentation.settings import SegmentationSettings
 
 
 def check(folder: Path, output: Path, *options: str) -> dict:

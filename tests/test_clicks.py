@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from finetuning.clicks import corrective_click, deepest
+from segmentation.clicks import corrective_click, deepest
 
 
 @pytest.fixture

@@ -13,11 +13,11 @@ from labelled_images import MASK_SIDE, blocks, run_lengths, save_pair
 from PIL import Image
 from pycocotools import mask as peer
 
-from finetuning.coco import coco_images
-from finetuning.coco_masks import decode
-from finetuning.overlaps import mask_of
-from finetuning.samples import TrainValidationParts, train_validation_parts
-from finetuning.sources import DataError, SourceList
+from image_data.coco import coco_images
+from image_data.coco_masks import decode
+from image_data.overlaps import mask_of
+from image_data.samples import TrainValidationParts, train_validation_parts
+from image_data.sources import DataError, SourceList
 
 
 SQUARE = [[20, 10, 30, 10, 30, 20, 20, 20]]

@@ -9,9 +9,9 @@ from labelled_images import Array, blocks, save_pair
 
 import finetune
 from finetuning.embedding_cache import EmbeddingCache
-from finetuning.model import load_base
-from finetuning.samples import Sample
 from finetuning.settings import SAM_TINY
+from image_data.samples import Sample
+from segmentation.pretrained import load_base
 
 
 @pytest.fixture

@@ -17,12 +17,8 @@ from transformers import AutoProcessor, SamModel
 import evaluate
 import finetune
 from checkpoint_tools.checkout import SAM_TINY, split_class
-from finetuning.decoding import ImageReading
-from finetuning.metrics import detection_metrics
-from finetuning.model import load_base
-from finetuning.recipe import read_data
-from finetuning.samples import Sample
-from finetuning.scoring import (
+from evaluation.metrics import detection_metrics
+from evaluation.scoring import (
     EvaluationImage,
     Scores,
     class_summary,
@@ -31,11 +27,15 @@ from finetuning.scoring import (
     first_click,
     with_correction,
 )
-from finetuning.segmentation_settings import SegmentationSettings
-from finetuning.segmenter import PromptedObject
-from finetuning.segments import iou_matrix, segment_of, segments_of
-from finetuning.sources import LabelledImage
+from image_data.decoding import ImageReading
+from image_data.layouts import read_data
+from image_data.samples import Sample
+from image_data.sources import LabelledImage
 from pretraining.drawn_scenes import draw_scene
+from segmentation.pretrained import load_base
+from segmentation.segmenter import PromptedObject
+from segmentation.segments import iou_matrix, segment_of, segments_of
+from segmentation.settings import SegmentationSettings
 
 
 def run(*arguments: object) -> tuple[dict, list[dict[str, str]]]:

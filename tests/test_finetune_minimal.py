@@ -11,7 +11,7 @@ from PIL import Image
 
 from checkpoint_tools.checkout import ROOT, SAM_TINY
 from checkpoint_tools.conversions import to_split
-from finetuning.sources import Coins
+from image_data.sources import Coins
 
 
 FILE = ROOT / "examples" / "finetune_minimal.py"

@@ -23,9 +23,10 @@ from checkpoint_tools.checkout import SAM_TINY, split_class
 from checkpoint_tools.licences import Licence
 from checkpoint_tools.pushing import PushError
 from finetuning.cards import card
-from finetuning.model import load_base, make_trainable
+from finetuning.model import make_trainable
 from finetuning.results import complete_adapter, push
 from finetuning.settings import ModelSettings
+from segmentation.pretrained import load_base
 
 
 pytestmark = [

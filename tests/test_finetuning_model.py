@@ -8,7 +8,8 @@ import pytest
 from checkpoint_tools.checkout import SAM_TINY
 from checkpoint_tools.loading import processor_for
 from finetune import parse_args
-from finetuning.model import ModelError, load_base, make_trainable
+from finetuning.model import make_trainable
+from segmentation.pretrained import ModelError, load_base
 
 
 VISION_LORA = r"vision_encoder\.layers\.\d\.attn\.[qv]\.lora_[AB]\.default\.weight"

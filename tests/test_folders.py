@@ -9,12 +9,12 @@ import pytest
 from labelled_images import MASK_SIDE, blocks
 from PIL import Image
 
-from finetuning.folders import paired_files
-from finetuning.labels import LabelReading
-from finetuning.overlaps import mask_of
-from finetuning.patterns import Pattern
-from finetuning.samples import train_validation_parts
-from finetuning.sources import DataError, SourceList
+from image_data.folders import paired_files
+from image_data.labels import LabelReading
+from image_data.overlaps import mask_of
+from image_data.patterns import Pattern
+from image_data.samples import train_validation_parts
+from image_data.sources import DataError, SourceList
 
 
 def save(path: Path, pixels: np.ndarray) -> None:

@@ -15,7 +15,7 @@ from checkpoint_tools import fused_adapters
 from checkpoint_tools.adapter_conversions import adapter_to_fused, adapter_to_split
 from checkpoint_tools.checkout import split_class
 from checkpoint_tools.comparison import relative_error
-from finetuning.model import load_adapted
+from segmentation.pretrained import load_adapted
 
 
 def lora(**settings) -> LoraConfig:

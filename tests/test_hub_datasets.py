@@ -16,10 +16,9 @@ from labelled_images import MASK_SIDE, blocks
 from PIL import Image
 
 import finetune
-from finetuning.layouts import read_parts
-from finetuning.overlaps import mask_of
-from finetuning.recipe import read_data
-from finetuning.sources import DataError, LabelledImage
+from image_data.layouts import read_data, read_parts
+from image_data.overlaps import mask_of
+from image_data.sources import DataError, LabelledImage
 
 
 datasets.disable_progress_bars()

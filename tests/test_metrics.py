@@ -8,17 +8,16 @@ import torch
 from pycocotools import mask as coco_mask
 from scipy import ndimage
 
-from finetuning.metrics import (
+from evaluation.metrics import (
     THRESHOLDS,
     average_precision,
-    coco_annotation,
     detection_metrics,
     dice_of,
     match,
     mean_segmentation_accuracy,
     segmentation_accuracy,
 )
-from finetuning.segments import Segment, iou_matrix, segments_of
+from segmentation.segments import Segment, coco_annotation, iou_matrix, segments_of
 
 
 SIZE = (20, 40)

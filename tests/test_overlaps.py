@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from labelled_images import MASK_SIDE, Array
 
-from finetuning.overlaps import layers_of, mask_of
 from finetuning.prompts import ItemEncoder, Prompts, TrainingSet, ValidationSet
-from finetuning.samples import Sample
+from image_data.overlaps import layers_of, mask_of
+from image_data.samples import Sample
 
 
 def discs(*centres: tuple[int, int], size: tuple[int, int] = (40, 48), radius: int = 10) -> dict[int, np.ndarray]:

@@ -9,15 +9,15 @@ import torch
 from labelled_images import MASK_SIDE, Array, blocks, save_coco, save_pair
 from PIL import Image
 
-from finetuning.coco import coco_images
-from finetuning.decoding import DataError, ImageReading
-from finetuning.folders import paired_files
-from finetuning.labels import VOID, LabelReading
 from finetuning.options import parse
 from finetuning.prompts import OUTSIDE, ItemEncoder, Prompts, TrainingSet, ValidationSet
-from finetuning.recipe import read_data
-from finetuning.samples import train_validation_parts
-from finetuning.sources import Coins
+from image_data.coco import coco_images
+from image_data.decoding import DataError, ImageReading
+from image_data.folders import paired_files
+from image_data.labels import VOID, LabelReading
+from image_data.layouts import read_data
+from image_data.samples import train_validation_parts
+from image_data.sources import Coins
 
 
 def folders(path: Path) -> tuple[Path, Path]:

@@ -14,7 +14,7 @@ import convert
 import finetune
 import segment
 from checkpoint_tools.plain_settings import SETTINGS, read_processor
-from finetuning.model import ModelError, load_base
+from segmentation.pretrained import ModelError, load_base
 
 
 OLD = {  # as facebook/sam-vit-base has it

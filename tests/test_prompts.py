@@ -17,7 +17,7 @@ from finetuning.prompts import (
     ValidationSet,
     draw_box,
 )
-from finetuning.samples import Sample, train_validation_parts
+from image_data.samples import Sample, train_validation_parts
 
 
 def training_set(processor, size: int = 12, **changes) -> TrainingSet:

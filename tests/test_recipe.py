@@ -25,12 +25,13 @@ import finetune
 from checkpoint_tools.checkout import ROOT, SAM_TINY
 from checkpoint_tools.outputs import MARKER, locked
 from finetuning.losses import MaskMetrics, object_scores
-from finetuning.model import load_base, trained
+from finetuning.model import trained
 from finetuning.prompts import ItemEncoder, Prompts, ValidationSet
-from finetuning.recipe import read_data
 from finetuning.resuming import last_checkpoint
 from finetuning.rounds import Prompting
-from finetuning.segmentation_settings import SegmentationSettings
+from image_data.layouts import read_data
+from segmentation.pretrained import load_base
+from segmentation.settings import SegmentationSettings
 
 
 pytestmark = [

@@ -74,7 +74,7 @@ def blocks(page: str, language: str) -> str:
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     """A folder with what a checkout has, and with the adapter that `finetune.py` writes by default."""
-    names = ("config.json", "checkpoints", "checkpoint_tools", "docs", "finetuning", "webapp")
+    names = ("config.json", "checkpoints", "checkpoint_tools", "docs", "image_data", "segmentation", "webapp")
     for path in (*ROOT.glob("*_sam_split.py"), *(ROOT / name for name in names)):
         (tmp_path / path.name).symlink_to(path)
     config = LoraConfig(target_modules=["q", "v"], task_type="FEATURE_EXTRACTION")
@@ -307,3 +307,13 @@ def test_remote_code_imports_only_what_every_user_has(path: Path) -> None:
             assert node.level == 1 and (ROOT / f"{node.module}.py").exists(), "flat relative imports only"
         elif isinstance(node, ast.ImportFrom):
             assert str(node.module).split(".")[0] in allowed
+
+
+def test_packages_use_only_those_below_them() -> None:
+    layers = ("checkpoint_tools", "image_data", "segmentation", "evaluation", "finetuning")
+    for number, package in enumerate(layers):
+        above = {*layers[number + 1 :], "webapp", "benchmarks", "pretraining"}
+        for path in (ROOT / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.ImportFrom) and not node.level:
+                    assert str(node.module).split(".")[0] not in above, f"{path}:{node.lineno}"

@@ -10,7 +10,7 @@ from transformers.models.sam.modeling_sam import SamImageSegmentationOutput
 
 from finetuning.prompts import ItemEncoder, Prompts, TrainingSet
 from finetuning.rounds import Prediction, Prompting, Rounds, clicks
-from finetuning.samples import Sample
+from image_data.samples import Sample
 
 
 SIDE = 64  # of the tiny models' images

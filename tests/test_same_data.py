@@ -12,7 +12,7 @@ from PIL import Image
 from pycocotools import mask as peer
 
 import finetune
-from finetuning.sources import Coins
+from image_data.sources import Coins
 
 
 RUN = ["--steps", "2", "--eval-every", "2", "--batch-size", "1", "--objects", "3", "--image-size", "128"]

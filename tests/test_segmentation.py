@@ -20,16 +20,16 @@ from transformers.utils.logging import get_verbosity
 
 import segment
 from checkpoint_tools.checkout import SAM_TINY, split_class
-from finetuning.metrics import detection_metrics
-from finetuning.model import load_base
-from finetuning.overlays import COLOURS, distinct_colours
-from finetuning.predictor import Predictor
-from finetuning.segmentation_files import SegmentedImage, write_pictures
-from finetuning.segmentation_settings import SegmentationSettings
-from finetuning.segmenter import ImageSegmenter, PromptedObject
-from finetuning.segments import Segment, iou_matrix, segments_of
-from finetuning.sources import Coins
+from evaluation.metrics import detection_metrics
+from image_data.sources import Coins
 from pretraining.drawn_scenes import draw_scene
+from segmentation.overlays import COLOURS, distinct_colours
+from segmentation.predictor import Predictor
+from segmentation.pretrained import load_base
+from segmentation.result_files import SegmentedImage, write_pictures
+from segmentation.segmenter import ImageSegmenter, PromptedObject
+from segmentation.segments import Segment, iou_matrix, segments_of
+from segmentation.settings import SegmentationSettings
 
 
 POINTS = ["--point", "45", "125", "--point", "103", "125"]  # two coins

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 
-from finetuning.segmentation_settings import FILE_NAME, SegmentationSettings, SegmentationSettingsError
+from segmentation.settings import FILE_NAME, SegmentationSettings, SegmentationSettingsError
 
 
 SETTINGS = SegmentationSettings(image_size=192, tile=512, multimask="never", min_iou=0.7, min_stability=0.8)

@@ -8,14 +8,14 @@ from labelled_images import Array, blocks
 from transformers import AutoProcessor, SamModel
 
 from checkpoint_tools.checkout import SAM_TINY
-from finetuning.automatic import automatic_segments
-from finetuning.metrics import mean_segmentation_accuracy
-from finetuning.predictor import Predictor
-from finetuning.samples import Sample
-from finetuning.segmentation_settings import SegmentationSettings
-from finetuning.segments import iou_matrix, segments_of
-from finetuning.thresholds import RATINGS, STABILITIES, labelled_images, middle, sweep_thresholds
+from evaluation.metrics import mean_segmentation_accuracy
+from evaluation.thresholds import RATINGS, STABILITIES, labelled_images, middle, sweep_thresholds
+from image_data.samples import Sample
 from pretraining.drawn_scenes import draw_scene
+from segmentation.automatic import automatic_segments
+from segmentation.predictor import Predictor
+from segmentation.segments import iou_matrix, segments_of
+from segmentation.settings import SegmentationSettings
 
 
 SETTINGS = SegmentationSettings(grid=10)

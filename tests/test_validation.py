@@ -11,9 +11,9 @@ from torch.utils.data import default_collate
 from finetuning.losses import MaskMetrics, StepLoss, object_scores
 from finetuning.prompts import ItemEncoder, Prompts, ValidationSet
 from finetuning.rounds import Prompting
-from finetuning.samples import Sample
 from finetuning.training import PromptTrainer
 from finetuning.training_settings import TrainingSettings
+from image_data.samples import Sample
 
 
 def trainer_of(model: torch.nn.Module, processor, folder: Path, objects: int) -> PromptTrainer:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from finetuning.segmentation_files import Annotations, SegmentedImage, write_pictures
+from segmentation.result_files import Annotations, SegmentedImage, write_pictures
 
 from .session import Session
 

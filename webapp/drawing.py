@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
-from finetuning.overlays import draw_prompts, draw_segments
-from finetuning.segmenter import PromptedObject
-from finetuning.segments import Segment
+from segmentation.overlays import draw_prompts, draw_segments
+from segmentation.segmenter import PromptedObject
+from segmentation.segments import Segment
 
 from .open_image import OpenImage
 from .screen import fitted_segment

@@ -9,7 +9,7 @@ from typing import Any
 
 import gradio as gr
 
-from finetuning.segmentation_settings import SegmentationSettings
+from segmentation.settings import SegmentationSettings
 
 from . import session as actions
 from .downloads import annotations_of

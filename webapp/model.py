@@ -12,13 +12,13 @@ from peft import PeftModel
 from transformers import PreTrainedModel, SamProcessor
 
 from checkpoint_tools.checkout import SAM_TINY
-from finetuning.automatic import Candidates, choose, find_candidates, scaled_up, stability_scores
-from finetuning.model import load_adapted, load_base
-from finetuning.predictor import EncodedImage, ObjectPrompts, Predictor
-from finetuning.segmentation import DEVICE
-from finetuning.segmentation_settings import SegmentationSettings
-from finetuning.segments import Segment, segment_of
-from finetuning.tiling import joined
+from segmentation.automatic import Candidates, choose, find_candidates, scaled_up, stability_scores
+from segmentation.predictor import EncodedImage, ObjectPrompts, Predictor
+from segmentation.pretrained import load_adapted, load_base
+from segmentation.request import DEVICE
+from segmentation.segments import Segment, segment_of
+from segmentation.settings import SegmentationSettings
+from segmentation.tiling import joined
 
 from .zero_gpu import on_gpu
 

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import numpy as np
 
-from finetuning.automatic import Candidates
-from finetuning.images import read_image
-from finetuning.predictor import EncodedImage, ObjectPrompts
-from finetuning.samples import Window
-from finetuning.segmentation_settings import SegmentationSettings
-from finetuning.segmenter import ImageSegmenter, PromptedObject
-from finetuning.segments import Segment
+from image_data.images import read_image
+from image_data.samples import Window
+from segmentation.automatic import Candidates
+from segmentation.predictor import EncodedImage, ObjectPrompts
+from segmentation.segmenter import ImageSegmenter, PromptedObject
+from segmentation.segments import Segment
+from segmentation.settings import SegmentationSettings
 
 from .model import SharedModel
 from .screen import fitted

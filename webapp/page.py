@@ -7,8 +7,8 @@ from typing import Any
 
 import gradio as gr
 
-from finetuning.images import IMAGE_SUFFIXES
-from finetuning.overlays import distinct_colours
+from image_data.images import IMAGE_SUFFIXES
+from segmentation.overlays import distinct_colours
 
 from . import session as actions
 from .downloads import write_files

@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image
 
-from finetuning.segments import Segment
+from segmentation.segments import Segment
 
 
 LONG_SIDE = 1024  # pixels: enough for a screen, little enough to send after each click

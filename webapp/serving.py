@@ -11,7 +11,7 @@ _files = tempfile.TemporaryDirectory(prefix="sam-split-app-")
 os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_TEMP_DIR=_files.name)
 
 from checkpoint_tools.checkout import ROOT  # noqa: E402
-from finetuning.images import IMAGE_SUFFIXES  # noqa: E402
+from image_data.images import IMAGE_SUFFIXES  # noqa: E402
 
 from .model import ModelSource, load_shared  # noqa: E402
 from .page import LAUNCH_OPTIONS, Page  # noqa: E402

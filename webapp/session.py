@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from finetuning.automatic import Candidates
-from finetuning.samples import Window
-from finetuning.segmentation_settings import SegmentationSettings
-from finetuning.segmenter import PromptedObject
-from finetuning.segments import Segment, by_area
+from image_data.samples import Window
+from segmentation.automatic import Candidates
+from segmentation.segmenter import PromptedObject
+from segmentation.segments import Segment, by_area
+from segmentation.settings import SegmentationSettings
 
 from .open_image import OpenImage, in_window
 

@@ -11,10 +11,9 @@ import numpy as np
 import tifffile
 from PIL import Image
 
-from .metrics import coco_annotation
 from .overlays import draw_prompts, draw_segments
 from .segmenter import PromptedObject
-from .segments import Segment, as_labels
+from .segments import Segment, as_labels, coco_annotation
 
 
 DEFAULT_CATEGORY = "object"

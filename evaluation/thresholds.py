@@ -11,12 +11,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy import ndimage
 
-from .automatic import Candidates, choose, find_candidates, scaled_up
+from image_data.samples import Sample
+from segmentation.automatic import Candidates, choose, find_candidates, scaled_up
+from segmentation.predictor import Predictor
+from segmentation.segments import Segment, iou_matrix, segments_of
+from segmentation.settings import SegmentationSettings
+
 from .metrics import mean_segmentation_accuracy
-from .predictor import Predictor
-from .samples import Sample
-from .segmentation_settings import SegmentationSettings
-from .segments import Segment, iou_matrix, segments_of
 
 
 RATINGS = np.arange(30, 100, 2.5) / 100

@@ -14,11 +14,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from image_data.samples import Window
+
 from .automatic import MASKS_PER_BATCH, AutomaticSegments, automatic_segments, stability_scores
 from .predictor import EncodedImage, ObjectPrompts, Predictor
-from .samples import Window
-from .segmentation_settings import SegmentationSettings
 from .segments import Segment, segment_of
+from .settings import SegmentationSettings
 from .tiling import joined, tile_windows
 
 

@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from .clicks import corrective_click, deepest
+from image_data.samples import Sample, areas_of
+from segmentation.clicks import corrective_click, deepest
+from segmentation.predictor import Predictor
+from segmentation.segmenter import ImageSegmenter, PromptedObject
+from segmentation.segments import Segment, iou_matrix, segments_of
+from segmentation.settings import SegmentationSettings
+
 from .metrics import average_precision, detection_metrics, dice_of, match
-from .predictor import Predictor
-from .samples import Sample, areas_of
-from .segmentation_settings import SegmentationSettings
-from .segmenter import ImageSegmenter, PromptedObject
-from .segments import Segment, iou_matrix, segments_of
 
 
 POINTS, BOXES, CLICKS, AUTOMATIC = MODES = ("points", "boxes", "clicks", "automatic")

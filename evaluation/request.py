@@ -10,14 +10,17 @@ from transformers import SamProcessor
 
 from checkpoint_tools.checkout import SAM_TINY
 from checkpoint_tools.outputs import require_replaceable, staged
+from image_data.data_settings import DataSettings
+from image_data.decoding import DataError, ImageReading, number_of
+from image_data.layouts import name_of, read_data, read_sources
+from image_data.samples import Sample, areas_of, checked
+from image_data.setting_checks import SettingsError
+from segmentation.predictor import Predictor
+from segmentation.pretrained import load_adapted, load_base
+from segmentation.request import DEVICE
+from segmentation.settings import SegmentationSettings
 
-from .decoding import DataError, ImageReading, number_of
-from .evaluation_files import class_table, push_to_card, table, write_results
-from .layouts import name_of, read_sources
-from .model import load_adapted, load_base
-from .predictor import Predictor
-from .recipe import read_data
-from .samples import Sample, areas_of, checked
+from .result_files import class_table, push_to_card, table, write_results
 from .scoring import (
     AUTOMATIC,
     MODES,
@@ -29,9 +32,6 @@ from .scoring import (
     summary,
     without_adapter,
 )
-from .segmentation import DEVICE
-from .segmentation_settings import SegmentationSettings
-from .settings import DataSettings, SettingsError
 
 
 OUTPUT = "evaluation"  # the kind of output

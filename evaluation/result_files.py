@@ -15,8 +15,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 from huggingface_hub import EvalResult, HfApi, ModelCard
 
+from segmentation.segments import Segment
+
 from .scoring import AUTOMATIC, BOXES, POINTS, EvaluationImage, Scores
-from .segments import Segment
 
 
 WORST = 10

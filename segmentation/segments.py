@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
+from pycocotools import mask as coco_mask
 from scipy import ndimage
 
 
@@ -198,3 +199,15 @@ def distinct_segments(segments: Sequence[Segment], max_overlap: float) -> list[S
         if not overlaps[index, kept].any():
             kept.append(index)
     return [ordered[index] for index in kept]
+
+
+def coco_annotation(segment: Segment, size: tuple[int, int]) -> dict[str, Any]:
+    """Returns area, box (left, top, width, height) and run-length encoding of a segment, as COCO has them."""
+    encoded = coco_mask.encode(np.asfortranarray(segment.full(size), dtype=np.uint8))
+    left, top, right, bottom = segment.box
+    return {
+        "segmentation": {"size": list(size), "counts": encoded["counts"].decode()},
+        "area": segment.area,
+        "bbox": [left, top, right - left, bottom - top],
+        "iscrowd": 0,
+    }

@@ -1,4 +1,4 @@
-"""From settings to sources: which files or rows are meant, and which part each image belongs to."""
+"""From settings to samples: which files or rows are meant, and which part each image belongs to."""
 
 import dataclasses
 import re
@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from .coco import coco_images
+from .data_settings import DataSettings
 from .decoding import number_of
 from .folders import paired_files
 from .hub_datasets import DatasetSettings, dataset_parts
 from .patterns import Pattern, files_in
-from .settings import DataSettings
+from .samples import TrainValidationParts, train_validation_parts
 from .sources import Coins, DataError, Source, SourceList
 
 
@@ -38,6 +39,27 @@ class PartSources:
         """The parts that there are, by name."""
         parts = {TRAIN: self.train, VALIDATION: self.validation, TEST: self.test}
         return {name: part for name, part in parts.items() if part is not None}
+
+
+def read_data(settings: DataSettings, mask_side: int, seed: int) -> tuple[TrainValidationParts, str]:
+    """Returns the samples, and a few words on what they are."""
+    found = read_parts(settings)
+    validation = settings.validation or (0.5 if len(found.train.sources) == 1 else 0.2)
+    parts = train_validation_parts(
+        found.train.sources,
+        mask_side,
+        validation,
+        settings.tile,
+        settings.overlap,
+        settings.min_area,
+        seed,
+        own_validation=found.validation.sources if found.validation else (),
+        test=found.test.sources if found.test else (),
+    )
+    for part in found.given.values():
+        parts.left_out += part.left_out
+    parts.notes[:0] = [note for part in found.given.values() for note in part.notes]
+    return parts, found.about or "A photograph of coins"
 
 
 def read_sources(settings: DataSettings) -> SourceList:

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 
 from .predictor import EncodedImage, ObjectPrompts, Predictor
-from .segmentation_settings import SegmentationSettings
 from .segments import Segment, clean, distinct, segment_of
+from .settings import SegmentationSettings
 
 
 POINTS_PER_BATCH = 64

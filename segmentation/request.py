@@ -12,18 +12,18 @@ from transformers import PreTrainedModel, SamProcessor, pipeline
 
 from checkpoint_tools.checkout import SAM_TINY
 from checkpoint_tools.outputs import require_replaceable, staged
+from image_data.decoding import DataError, number_of
+from image_data.images import IMAGE_SUFFIXES, MASK_SUFFIXES, read_image
+from image_data.patterns import files_in
 
 from .automatic import AutomaticSegments
-from .decoding import DataError, number_of
-from .images import IMAGE_SUFFIXES, MASK_SUFFIXES, read_image
-from .model import load_adapted, load_base
-from .patterns import files_in
 from .predictor import Predictor
+from .pretrained import load_adapted, load_base
 from .prompt_files import PromptFileError, coco_boxes, rough_masks
-from .segmentation_files import Annotations, SegmentedImage, write_pictures
-from .segmentation_settings import SegmentationSettings
+from .result_files import Annotations, SegmentedImage, write_pictures
 from .segmenter import ImageSegmenter, PromptedObject, check_prompts
 from .segments import Segment, by_area, segment_of
+from .settings import SegmentationSettings
 
 
 OUTPUT = "segmented images"  # the kind of output

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .images import read_mask
+from image_data.images import read_mask
+
 from .segmenter import PromptedObject
 from .segments import segments_of
 

@@ -7,14 +7,12 @@ over the thresholds 0.5, 0.55, ... 0.95.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
-from pycocotools import mask as coco_mask
 from scipy.optimize import linear_sum_assignment
 
-from .segments import Segment
+from segmentation.segments import Segment, coco_annotation
 
 
 THRESHOLDS = np.arange(50, 100, 5) / 100
@@ -110,15 +108,3 @@ def average_precision(
     evaluation.params.maxDets = [1, 10, MOST_DETECTIONS]
     evaluation.run()
     return {"ap": float(evaluation.stats_as_dict["AP_all"]), "ap50": float(evaluation.stats_as_dict["AP_50"])}
-
-
-def coco_annotation(segment: Segment, size: tuple[int, int]) -> dict[str, Any]:
-    """Returns area, box (left, top, width, height) and run-length encoding of a segment, as COCO has them."""
-    encoded = coco_mask.encode(np.asfortranarray(segment.full(size), dtype=np.uint8))
-    left, top, right, bottom = segment.box
-    return {
-        "segmentation": {"size": list(size), "counts": encoded["counts"].decode()},
-        "area": segment.area,
-        "bbox": [left, top, right - left, bottom - top],
-        "iscrowd": 0,
-    }

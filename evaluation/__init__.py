@@ -1,0 +1,1 @@
+"""Measures how well objects are found in labelled images."""

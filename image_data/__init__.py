@@ -1,0 +1,1 @@
+"""Images and the objects labelled in them, from files and data sets."""
