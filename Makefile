@@ -5,6 +5,8 @@ PYTEST ?=
 
 BIN := .venv/newest/bin
 ROWS := newest floor latest
+# Most modules are never imported, so compiling all of them takes longer than compiling those that are.
+PIP_OPTIONS := --quiet --disable-pip-version-check --no-compile
 
 .PHONY: app demo test test-all quality style bench notebook clean
 
@@ -57,6 +59,6 @@ clean:
 .PRECIOUS: .venv/%/installed
 .venv/%/installed: pyproject.toml requirements/no-deps.txt requirements/%.txt
 	$(PYTHON) -m venv --clear $(@D)
-	$(@D)/bin/pip install --quiet --disable-pip-version-check '.[dev]' --requirement requirements/$*.txt
-	$(@D)/bin/pip install --quiet --disable-pip-version-check --no-deps --requirement requirements/no-deps.txt
+	$(@D)/bin/pip install $(PIP_OPTIONS) '.[dev]' --requirement requirements/$*.txt
+	$(@D)/bin/pip install $(PIP_OPTIONS) --no-deps --requirement requirements/no-deps.txt
 	touch $@

@@ -26,6 +26,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # threads only slow such tiny models down
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from filelock import FileLock  # noqa: E402
 from hub import Hub, serve  # noqa: E402
 from huggingface_hub import constants, hf_api  # noqa: E402
 from labelled_images import blocks, save_pair  # noqa: E402
@@ -265,12 +266,17 @@ def segment_anything() -> Iterator[ModuleType]:
 
 @pytest.fixture(scope="session")
 def onnx_files(tmp_path_factory: pytest.TempPathFactory):
-    """Written when they are first asked for, as that takes seconds."""
+    """Written when they are first asked for, and by one process of several, as that takes seconds."""
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")
-    from onnx_files import make_onnx_files
+    from onnx_files import OnnxFiles, make_checkpoint
 
-    return make_onnx_files(tmp_path_factory.mktemp("onnx"))
+    temporary = tmp_path_factory.getbasetemp()
+    folder = (temporary.parent if "PYTEST_XDIST_WORKER" in os.environ else temporary) / "onnx"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            make_checkpoint(folder)
+    return OnnxFiles(folder, SamModel.from_pretrained(folder / "stock").eval())
 
 
 @pytest.fixture

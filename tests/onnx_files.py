@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY, randomize
+from filelock import FileLock
 from onnxruntime import InferenceSession
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, SamConfig, SamModel
@@ -38,9 +39,10 @@ class OnnxFiles:
     grid: int = GRID
 
     def __getitem__(self, export: str) -> Path:
-        """Exports what has not been exported yet."""
-        if not (self.folder / export).exists():
-            run_convert(self.folder, "to-onnx", "stock", export, *EXPORTS[export])
+        """Exports what has not been exported yet, in this process or another."""
+        with FileLock(self.folder / f"{export}.lock"):
+            if not (self.folder / export).exists():
+                run_convert(self.folder, "to-onnx", "stock", export, *EXPORTS[export])
         return self.folder / export
 
     def adapted(self) -> PreTrainedModel:
@@ -49,7 +51,7 @@ class OnnxFiles:
         return PeftModel.from_pretrained(base, self.folder / "adapter").get_base_model().eval()
 
 
-def make_onnx_files(folder: Path) -> OnnxFiles:
+def make_checkpoint(folder: Path) -> None:
     """Small, as exporting takes seconds for each layer."""
     vision = {**TINY["vision_config"], "num_hidden_layers": 2, "global_attn_indexes": [1]}
     decoder = {**TINY["mask_decoder_config"], "num_hidden_layers": 1}
@@ -58,7 +60,6 @@ def make_onnx_files(folder: Path) -> OnnxFiles:
     processor_for(stock.config, image_mean=MEAN, image_std=STD).save_pretrained(folder / "stock")
     config = LoraConfig(target_modules=["q", "v"], r=2, init_lora_weights=False)
     get_peft_model(split_class().from_pretrained(folder / "stock"), config).save_pretrained(folder / "adapter")
-    return OnnxFiles(folder, stock)
 
 
 def run_convert(folder: Path, *words: str) -> None:

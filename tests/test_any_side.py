@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import assert_same_outputs
-from onnx_files import make_onnx_files, run, run_convert
+from onnx_files import make_checkpoint, run, run_convert
 from peft import PeftModel
 from PIL import Image
 from transformers import SamModel, SamProcessor
@@ -20,7 +20,7 @@ SIDE = 96  # of a base of 64
 
 @pytest.mark.slow
 def test_tuned_at_another_side_it_leaves_as_stock_sam_and_as_onnx(photos, tmp_path):
-    make_onnx_files(tmp_path)
+    make_checkpoint(tmp_path)
     run_convert(tmp_path, "to-split", "stock", "split")
     tiny = ["--steps", "2", "--eval-every", "2", "--objects", "2", "--batch-size", "1", "--grid", "4"]
     tiny += ["--learning-rate", "0.1"]

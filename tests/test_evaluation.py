@@ -135,6 +135,7 @@ def test_before_and_after_in_one_run(scenes, adapter, tmp_path, capsys):
     assert float(row["boxes before"]) == pytest.approx(iou, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_masks_and_annotations_give_the_same(scenes, tmp_path):
     options = ["--images", scenes / "images", "--modes", "boxes", "--base", SAM_TINY]
     metrics, _ = run(*options, "--masks", scenes / "masks", "--output", tmp_path / "a")
@@ -171,6 +172,7 @@ def test_the_held_out_half_of_the_coins_by_default(tmp_path):
     assert metrics["before"]["automatic"]["labelled"] == 10
 
 
+@pytest.mark.slow
 def test_files_are_read_as_the_adapter_says(scenes, tmp_path):
     """The scene lies in the lower part of 16 bits, where one bright spot leaves it dark unless percentiles are cut."""
     folder = tmp_path / "deep"
@@ -196,6 +198,7 @@ def test_files_are_read_as_the_adapter_says(scenes, tmp_path):
         run(*data, tmp_path / "large", "--max-pixels", "9")
 
 
+@pytest.mark.slow
 def test_results_are_pushed_into_the_card(scenes, adapter, hub, tmp_path):
     hub.add("user/adapter", adapter)
     options = ["--images", scenes / "images", "--masks", scenes / "masks", "--modes", "boxes", "--push"]

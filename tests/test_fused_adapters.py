@@ -114,6 +114,7 @@ FUSED_CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", FUSED_CASES)
 def test_to_split_and_back(case, load, stock, stock_dir, inputs, tmp_path):
     config = lora(**FUSED_CASES[case])

@@ -175,6 +175,7 @@ ADAPTED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ADAPTED)
 def test_incomplete_adapters(command, files, split_dir, tmp_path, convert, monkeypatch):
     """PEFT only warns, or not even that, and initialises what is missing."""

@@ -113,6 +113,7 @@ def test_objects_beside_the_weights(case, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["best.pt"]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_torch_em(weights, convert, tmp_path):
     """What micro-sam's `best.pt` holds: https://github.com/constantinpape/torch-em, trainer/default_trainer.py."""
     torch.save(

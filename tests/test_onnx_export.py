@@ -229,6 +229,7 @@ class Double(graphs.Graph):
         return self.model(x)
 
 
+@pytest.mark.slow
 def test_large_weights_go_to_a_second_file(stock, processor, tmp_path, monkeypatch):
     """Under the name that transformers.js asks for."""
     (tmp_path / "onnx").mkdir()

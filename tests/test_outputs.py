@@ -175,6 +175,7 @@ def test_home_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         write(home, force=True)
 
 
+@pytest.mark.slow
 def test_convert_replaces_its_earlier_output(
     base_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

@@ -113,6 +113,7 @@ def test_repos_with_other_files_to_load_are_refused(name: str, hub: Hub, push, v
     assert len(repo.commits) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "answer", [lambda answer: answer.pop("commitUrl"), lambda answer: answer.pop("commitOid"), dict.clear]
 )

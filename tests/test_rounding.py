@@ -41,6 +41,7 @@ def drop_the_adapter(self: LoraModel, *args, **kwargs) -> torch.nn.Module:
     return self.unload()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", *HALF])
 @pytest.mark.parametrize("size", [1.0, 0.03, 1e-5])
 def test_a_dropped_adapter_is_noticed(size, dtype, tmp_path, refused, monkeypatch):
@@ -51,6 +52,7 @@ def test_a_dropped_adapter_is_noticed(size, dtype, tmp_path, refused, monkeypatc
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", HALF)
 def test_what_is_written_is_what_was_rounded(dtype, tmp_path, refused, monkeypatch):
     """A change of the file is not taken for rounding."""
@@ -87,6 +89,7 @@ def test_what_rounding_takes_is_said(dtype, tmp_path, convert):
     assert largest_relative_error(example_outputs(whole), expected) < 0.01 * effect
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", HALF)
 def test_nothing_is_rounded_without_an_adapter(dtype, tmp_path, convert):
     base_in(dtype, tmp_path / "base")

@@ -102,6 +102,7 @@ def test_a_space_starts_from_the_staged_folder_before_it_is_pushed(models, monke
         spaces.verify_space(tmp_path / "space", spaces.EXAMPLE, constants.ENDPOINT, None)
 
 
+@pytest.mark.slow
 def test_the_models_are_pinned_and_described(models, monkeypatch, answers, tmp_path):
     base, adapter = (models.repos[name].refs["main"] for name in ("user/tiny", "user/coins"))
     upload(monkeypatch, "--space", "user/click", "--adapter", "user/coins", "--output", str(tmp_path / "space"))
@@ -138,6 +139,7 @@ def test_the_models_are_pinned_and_described(models, monkeypatch, answers, tmp_p
     assert not missing, "the Space would not start"
 
 
+@pytest.mark.slow
 def test_an_unknown_licence_stays_unknown(models, monkeypatch, answers, tmp_path):
     tiny = shutil.copytree(SAM_TINY, tmp_path / "tiny")
     (tiny / "README.md").unlink()
@@ -182,6 +184,7 @@ def test_what_a_space_cannot_be_made_of(models, monkeypatch, answers, tmp_path, 
     assert "spaces/user/click" not in models.repos
 
 
+@pytest.mark.slow
 def test_private_models_are_said_to_need_a_secret(models, monkeypatch, answers, capsys):
     models.repos["user/tiny"].private = True
     upload(monkeypatch, "--space", "user/click", "--base", "user/tiny")

@@ -32,6 +32,7 @@ def scenes() -> list:
     return [(image, segments_of(labels)) for image, labels in drawn]
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_the_thresholds(tiny, scenes):
     sweep = sweep_thresholds(tiny, scenes, SETTINGS)
     assert sweep.images == 2
