@@ -4,10 +4,12 @@ As in Segment Anything (https://arxiv.org/abs/2304.02643, appendix A): a single 
 several objects; a box, or several prompts, get one. Each round adds clicks where the last mask is wrong, and half of
 the rounds show the model its last mask, too. The image is encoded once.
 
-There, each of eight rounds adds one click. Here, one round adds one to eight at once: that, too, shows the model many
-clicks, without which each further click makes masks worse, and takes one pass of the decoder instead of eight.
+There, each of eight rounds adds one click, and two more rounds show the last mask and add none. Here, the default is
+one round that adds one to eight clicks at once: that, too, shows the model many clicks, without which each further
+click makes masks worse, and takes one pass of the decoder instead of ten.
 """
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,19 +35,22 @@ class Prediction(NamedTuple):
     pred_masks: torch.Tensor
 
 
+class Round(NamedTuple):
+    """One more prediction for each object, with `clicks` more of them, and with the last mask if it `shows_mask`."""
+
+    shows_mask: bool
+    clicks: int = 1
+
+
+REFINEMENT = Round(shows_mask=True, clicks=0)
+
+
 @dataclass(frozen=True)
 class Rounds:
-    """Rounds of corrective clicks.
-
-    Args:
-        first: The first prompt, which the clicks correct.
-        shows_mask: For each round, whether the last mask is a prompt, too.
-        clicks: How many each round adds.
-    """
+    """The first prompt, `point` or `box`, and the rounds that correct its mask."""
 
     first: str
-    shows_mask: tuple[bool, ...] = ()
-    clicks: int = 1
+    each: tuple[Round, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -86,8 +91,13 @@ class Prompting:
         first = rng.choice(FIRST_PROMPTS[self.prompts])
         if not self.rounds:
             return Rounds(str(first))
-        shows_mask = tuple(rng.random(self.rounds) < 0.5)
-        return Rounds(str(first), shows_mask, int(rng.integers(1, self.most_clicks // self.rounds, endpoint=True)))
+        shows_mask = rng.random(self.rounds) < 0.5
+        clicks = int(rng.integers(1, self.most_clicks // self.rounds, endpoint=True))
+        rounds = [Round(bool(shows), clicks) for shows in shows_mask]
+        if self.rounds >= MOST_CLICKS:
+            rounds.insert(int(rng.integers(1, self.rounds)), REFINEMENT)
+            rounds.append(REFINEMENT)
+        return Rounds(str(first), tuple(rounds))
 
     def predict_to_train(
         self, model: torch.nn.Module, batch: dict[str, torch.Tensor], targets: torch.Tensor, step: int
@@ -100,7 +110,7 @@ class Prompting:
         self, model: torch.nn.Module, batch: dict[str, torch.Tensor], targets: torch.Tensor
     ) -> dict[str, Prediction]:
         """Returns the predictions for all that is `validated`. Each click is in the middle of the largest error."""
-        rounds = (False,) * VALIDATION_ROUNDS if CLICKS in self.validated else ()
+        rounds = (Round(shows_mask=False),) * VALIDATION_ROUNDS if CLICKS in self.validated else ()
         first, clicked = self.predict(model, batch, targets, Rounds(self.first, rounds))
         return {**first, CLICKS: clicked[-1]} if clicked else first
 
@@ -114,7 +124,7 @@ class Prompting:
             batch: `pixel_values` (B, 3, side, side) or `image_embeddings`; first prompts: `input_points`,
                 `input_labels` and `input_boxes`; and `draws` (B, objects, clicks), if they are drawn.
             targets: (B, objects, h, w): 1 = object, 0 = background, negative = ignored.
-            rounds: Corrective clicks.
+            rounds: The rounds after the prompt that they correct.
         """
         names = {POINT: ("input_points", "input_labels"), BOX: ("input_boxes",)}
         image = {name: batch[name] for name in ("pixel_values", "image_embeddings") if name in batch}
@@ -127,13 +137,13 @@ class Prompting:
             image = {"image_embeddings": embeddings[0]} if embeddings else image
         prompts = {name: batch[name] for name in names[rounds.first]}
         prediction, clicked = first[rounds.first], []
-        side = part(model, "prompt_encoder").input_image_size
-        for number, shows_mask in enumerate(rounds.shows_mask):
+        side, click = part(model, "prompt_encoder").input_image_size, itertools.count()
+        for each in rounds.each:
             logits = best_rated(*prediction)[1].detach()
-            for click in range(number * rounds.clicks, (number + 1) * rounds.clicks):
-                draws = batch["draws"][..., click] if "draws" in batch else None
+            for _ in range(each.clicks):
+                draws = batch["draws"][..., next(click)] if "draws" in batch else None
                 prompts = with_clicks(prompts, clicks(logits, targets, draws), side / targets.shape[-1])
-            masks = logits if shows_mask else None
+            masks = logits if each.shows_mask else None
             prediction = self.predict_each(model, image["image_embeddings"], prompts, masks)
             clicked.append(prediction)
         return first, clicked

@@ -34,7 +34,9 @@ class PromptSettings:
     points: int = HfArg(default=1, help="points inside each object")
     negative_points: int = HfArg(default=0, help="points outside each object")
     rounds: int | None = HfArg(
-        default=None, help="rounds of corrective clicks: up to 8 clicks together (1 for mixed prompts, else 0)"
+        default=None,
+        help="rounds of corrective clicks, of 8 in all (1 for mixed prompts, else 0); from 8, each adds one, and two "
+        "more rounds add none, as in Segment Anything",
     )
     objects: int = HfArg(default=6, help="objects per image and training step")
     multimask: bool | None = HfArg(
@@ -53,6 +55,11 @@ class PromptSettings:
         if self.rounds is None:
             self.rounds = int(self.prompts == "mixed")
         require_at_least(0, self, "negative_points", "rounds")
+
+    def prompting(self, seed: int = 0) -> Prompting:
+        """How a run with this seed asks for objects."""
+        assert self.rounds is not None
+        return Prompting(self.prompts, self.rounds, self.multimask, seed)
 
 
 @dataclass
@@ -167,7 +174,7 @@ class Settings:
                 f"--cache-embeddings and --augment {' '.join(self.data.augment)}: expected --augment none, as each "
                 "image is encoded once."
             )
-        validated = Prompting(self.prompts.prompts, self.prompts.rounds or 0).validated
+        validated = self.prompts.prompting().validated
         metrics = ("iou", *(f"iou_{kind}" for kind in validated), AUTOMATIC, "loss", *OTHER_METRICS)
         if self.training.metric_for_best_model not in metrics:
             raise SettingsError(

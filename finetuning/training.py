@@ -96,7 +96,7 @@ def build_trainer(
 ) -> PromptTrainer:
     """Returns a trainer of `model` on the training part, as `settings` say."""
     asked, training = settings.prompts, settings.training
-    prompting = Prompting(asked.prompts, asked.rounds or 0, asked.multimask, training.seed)
+    prompting = asked.prompting(training.seed)
     prompts = Prompts(asked.prompts, asked.points, asked.negative_points, prompting.most_clicks)
     embeddings = None
     if settings.model.cache_embeddings:

@@ -1,5 +1,7 @@
 """How the model is asked about objects: against stock SAM, asked step by step."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch.utils.data import default_collate
 from transformers.models.sam.modeling_sam import SamImageSegmentationOutput
 
 from finetuning.prompts import ItemEncoder, Prompts, TrainingSet
-from finetuning.rounds import Prediction, Prompting, Rounds, clicks
+from finetuning.rounds import REFINEMENT, Prediction, Prompting, Round, Rounds, clicks
 from image_data.samples import Sample
 
 
@@ -51,7 +53,7 @@ def test_first_prompts(batch, encoded, stock):
 @pytest.mark.parametrize("shows_mask", [True, False])
 def test_rounds_add_clicks_where_the_last_mask_is_wrong(start, shows_mask, batch, encoded, stock):
     model, calls = encoded
-    first, clicked = Prompting().predict(model, batch, batch["labels"], Rounds(start, (shows_mask,) * 3))
+    first, clicked = Prompting().predict(model, batch, batch["labels"], Rounds(start, (Round(shows_mask),) * 3))
     assert len(calls) == 1 and len(clicked) == 3
     last = first[start]
     names = ("input_points", "input_labels") if start == "point" else ("input_boxes",)
@@ -86,7 +88,9 @@ def test_rounds_add_clicks_where_the_last_mask_is_wrong(start, shows_mask, batch
 @pytest.mark.parametrize(("multimask", "masks"), [(None, (3, 1, 1)), (True, (3, 3, 3)), (False, (1, 1, 1))])
 @torch.no_grad()
 def test_number_of_masks(multimask, masks, batch, load):
-    first, clicked = Prompting(multimask=multimask).predict(load(), batch, batch["labels"], Rounds("point", (False,)))
+    first, clicked = Prompting(multimask=multimask).predict(
+        load(), batch, batch["labels"], Rounds("point", (Round(False),))
+    )
     assert tuple(each.pred_masks.shape[2] for each in (*first.values(), *clicked)) == masks
 
 
@@ -105,11 +109,16 @@ def test_a_step_decides_for_itself():
     steps = [prompting.training_rounds(step) for step in range(200)]
     assert steps == [prompting.training_rounds(step) for step in range(200)]
     assert np.mean([rounds.first == "box" for rounds in steps]) == pytest.approx(0.5, abs=0.1)
-    assert np.mean([rounds.shows_mask for rounds in steps]) == pytest.approx(0.5, abs=0.05)
-    assert {rounds.clicks for rounds in steps} == {1}, "eight together"
-    assert {Prompting(rounds=2).training_rounds(step).clicks for step in range(200)} == {1, 2, 3, 4}
-    assert {Prompting(rounds=1).training_rounds(step).clicks for step in range(200)} == set(range(1, 9))
-    assert Prompting(rounds=0).training_rounds(0).shows_mask == ()
+    for rounds in steps:
+        assert sorted(each.clicks for each in rounds.each) == [0, 0, *[1] * 8]
+        assert rounds.each[0].clicks == 1 and rounds.each[-1] == REFINEMENT
+    assert len({[each.clicks for each in rounds.each].index(0) for rounds in steps}) > 6, "the other is anywhere"
+    shown = [each.shows_mask for rounds in steps for each in rounds.each if each.clicks]
+    assert np.mean(shown) == pytest.approx(0.5, abs=0.05)
+    for number, numbers_of_clicks in {2: {1, 2, 3, 4}, 1: set(range(1, 9)), 0: set()}.items():
+        drawn = [Prompting(rounds=number).training_rounds(step).each for step in range(200)]
+        assert {len(each) for each in drawn} == {number}
+        assert {each.clicks for each in itertools.chain(*drawn)} == numbers_of_clicks
     assert Prompting("box", rounds=1).training_rounds(0).first == "box"
 
 
@@ -117,12 +126,26 @@ def test_a_step_decides_for_itself():
 def test_several_clicks_at_once(batch, load, stock):
     """All are where the same mask is wrong."""
     model, targets = load(), batch["labels"]
-    first, (prediction,) = Prompting().predict(model, batch, targets, Rounds("box", (False,), clicks=3))
+    first, (prediction,) = Prompting().predict(model, batch, targets, Rounds("box", (Round(False, clicks=3),)))
     drawn = [clicks(first["box"].pred_masks[:, :, 0], targets, batch["draws"][..., each]) for each in range(3)]
     points, labels = (torch.cat(parts, 2) for parts in zip(*drawn, strict=True))
     points = 2 * points + 0.5  # images of 64, masks of 32
     prompts = {"input_points": points, "input_labels": labels, "input_boxes": batch["input_boxes"]}
     assert_same_prediction(stock(batch["pixel_values"], **prompts, multimask_output=False), prediction)
+
+
+@torch.no_grad()
+def test_a_refinement_shows_the_last_mask_and_adds_no_click(batch, load, stock):
+    first, (clicked, refined) = Prompting().predict(
+        load(), batch, batch["labels"], Rounds("box", (Round(False), REFINEMENT))
+    )
+    points, labels = clicks(first["box"].pred_masks[:, :, 0], batch["labels"], batch["draws"][..., 0])
+    for place in np.ndindex(2, 3):
+        prompts = {"input_points": 2 * points + 0.5, "input_labels": labels, "input_boxes": batch["input_boxes"]}
+        alone = {name: tensor[place][None, None] for name, tensor in prompts.items()}
+        masks = clicked.pred_masks[place][None]
+        expected = stock(batch["pixel_values"][place[0], None], **alone, input_masks=masks, multimask_output=False)
+        assert_same_prediction(expected, Prediction(*(each[place][None, None] for each in refined)))
 
 
 @torch.no_grad()
@@ -132,7 +155,7 @@ def test_validation_clicks_the_middle_of_errors(batch, load):
     validated = Prompting().predict_to_validate(model, batch, targets)
     assert list(validated) == list(Prompting().validated) == ["point", "box", "clicks"]
     for seed in (0, 1):
-        first, clicked = Prompting(seed=seed).predict(model, batch, targets, Rounds("point", (False,) * 3))
+        first, clicked = Prompting(seed=seed).predict(model, batch, targets, Rounds("point", (Round(False),) * 3))
         assert torch.equal(validated["clicks"].pred_masks, clicked[2].pred_masks)
         assert torch.equal(validated["box"].pred_masks, first["box"].pred_masks)
     assert Prompting("box").validated == ("box",) and Prompting("box", rounds=1).validated == ("box", "clicks")
