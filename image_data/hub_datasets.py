@@ -1,9 +1,8 @@
 """Images and objects in the rows of a data set of the `datasets` library: a Hub id, a folder, or a Parquet file."""
 
-import contextlib
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,9 +14,8 @@ from .coco import Annotation, identity, reason_to_skip, with_objects
 from .coco_masks import shortened
 from .decoding import ImageReading, Pixels
 from .images import read_mask, read_pixels, rgb_of, turn_with_image
-from .interpretation import interpret
+from .interpretation import interpret_masks
 from .labels import LabelReading
-from .mask_facts import MaskFacts, examine
 from .overlaps import layers_of
 from .sources import DataError, LabelledImage, Source, SourceList
 
@@ -164,7 +162,13 @@ def sources_of(
     if categories and not fields_of(feature):
         raise DataError([f"--categories: expected objects with a category, and {mask_column} in {name} has masks."])
     if are_label_images:
-        labels, notes = interpret(list(facts_of(rows[mask_column], name, labels)), labels)
+        column = rows[mask_column]
+
+        def mask_of(index: int) -> tuple[str, Callable[[], np.ndarray]]:
+            row = f"{name}, row {index}"
+            return row, lambda: label_image(column[index], row)
+
+        labels, notes = interpret_masks([mask_of(index) for index in range(len(rows))], labels)
         read_objects = partial(with_labels, labels=labels)
     elif is_list_of(feature, datasets.Image):
         read_objects = with_masks
@@ -177,15 +181,6 @@ def sources_of(
     if not sources:
         raise DataError([f"{name}: has no rows."])
     return SourceList(sources, notes=notes)
-
-
-def facts_of(values: Iterable[Any], name: str, labels: LabelReading) -> Iterator[MaskFacts]:
-    """Yields what `interpret` needs to know of the masks that can be read."""
-    for index, value in enumerate(values):
-        with contextlib.suppress(ValueError):  # reported with all other problems, when images and masks are read
-            mask = label_image(value, f"{name}, row {index}")
-            mask = mask if labels.threshold is None else mask >= labels.threshold
-            yield examine(mask, f"{name}, row {index}", labels.background or (0,))
 
 
 def groups_of(column: str | None, rows: Any, name: str, datasets: Any) -> list[str | None]:

@@ -30,8 +30,8 @@ def interpret_masks(
     Raises:
         DataError: With every question that the masks leave open, and the options that answer it.
     """
-    if None not in (labels.background, labels.void, labels.instances):
-        return labels, []
+    if None not in (labels.background, labels.void) and labels.instances == "labels":
+        return labels, []  # nothing is left to be found out, not even soft edges
     facts = []
     for name, read in tqdm(masks, desc="Examining masks", unit="mask", disable=len(masks) < 50):
         with contextlib.suppress(ValueError):  # reported with all other problems, when images and masks are read

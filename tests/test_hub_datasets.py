@@ -115,6 +115,22 @@ def test_parts_of_semantic_masks(tmp_path):
     assert [len(np.unique(each.labels)) for each in whole] == [7, 7]
 
 
+@pytest.mark.parametrize("is_folder", [True, False])
+def test_soft_edges_are_asked_about_whatever_else_is_given(is_folder, tmp_path):
+    """As in folders: each part of each grey at a border would be an object."""
+    soft = Image.fromarray(((blocks() > 0) * 255).astype(np.uint8)).resize((192, 160), Image.Resampling.BILINEAR)
+    image = Image.fromarray(np.zeros((160, 192, 3), np.uint8))
+    if is_folder:
+        for name, picture in (("images", image), ("masks", soft)):
+            (tmp_path / name).mkdir()
+            picture.save(tmp_path / name / "a.png")
+        source = ["--images", str(tmp_path / "images"), "--masks", str(tmp_path / "masks")]
+    else:
+        source = ["--dataset", saved(table([encoded(np.asarray(soft))], datasets.Image()), tmp_path)]
+    with pytest.raises(DataError, match="soft edges"):
+        read(*source, "--background", "0", "--void", "none", "--instances", "components")
+
+
 @pytest.mark.parametrize("is_list", [True, False], ids=["list of structures", "structure of lists"])
 @pytest.mark.parametrize("category", [datasets.ClassLabel(names=["cell", "dust"]), datasets.Value("int64")])
 def test_objects_as_in_coco(is_list, category, tmp_path):
