@@ -43,8 +43,6 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse_args(arguments)
     with quiet(), one_line_errors(ValueError):
         given = {field.name: getattr(args, field.name) for field in fields(DataOptions)}
-        changes = changes_of(args)
-        changes["intensity"] = args.intensity and " ".join(args.intensity)
         evaluate(
             EvaluationRequest(
                 DataSettings(**{name: value for name, value in given.items() if value is not None}),
@@ -59,7 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
                 args.output,
                 args.force,
                 args.push,
-                changes,
+                changes_of(args),
             )
         )
 

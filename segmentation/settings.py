@@ -133,14 +133,17 @@ def add_reading_arguments(group: argparse._ArgumentGroup) -> None:
         help="bands that are red, green and blue, from 1; one for grey",
     )
     group.add_argument("--pages", help="page to read of files with several, from 1")
-    group.add_argument("--intensity", help="what becomes 0 and 255: 'percentile LOW HIGH', min-max or dtype")
+    group.add_argument("--intensity", nargs="+", help="what becomes 0 and 255: percentile LOW HIGH, min-max or dtype")
     group.add_argument("--max-pixels", type=int, help="pixels of the largest image to decode")
 
 
 def changes_of(args: argparse.Namespace) -> dict[str, Any]:
     """Returns the settings and ways of reading that a command was given, for `but`; None for those that it was not."""
     names = {each.name for part in (SegmentationSettings, ImageReading) for each in fields(part)} - {"reading"}
-    return {name: getattr(args, name, None) for name in names}
+    changes = {name: getattr(args, name, None) for name in names}
+    if changes["intensity"]:
+        changes["intensity"] = " ".join(changes["intensity"])
+    return changes
 
 
 def settings_file(source: str | Path, revision: str | None = None) -> Path | None:

@@ -374,7 +374,7 @@ def test_images_are_read_as_in_training(coins, tmp_path):
     Image.fromarray(pixels).save(tmp_path / "deep.png")
     expected = picture(run(coins, *POINTS, "--output", tmp_path / "plain") / "coins-labels.png")
     deep = [tmp_path / "deep.png", *POINTS]
-    same = run(*deep, "--intensity", "percentile 0 100", "--output", tmp_path / "a")
+    same = run(*deep, "--intensity", "percentile", "0", "100", "--output", tmp_path / "a")
     other = run(*deep, "--intensity", "dtype", "--output", tmp_path / "b")
     assert (picture(same / "deep-labels.png") == expected).mean() > 0.98
     assert (picture(other / "deep-labels.png") != expected).mean() > 0.02
