@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 
 try:
@@ -262,3 +263,8 @@ def exchange(folder: Path, new: Path, replaced: Path) -> None:
 def is_marker(path: Path) -> bool:
     """Whether this is the file that marks an output."""
     return path.name == MARKER
+
+
+def json_text(content: Any) -> str:
+    """Returns JSON with null for what is not a number, as JSON has no NaN and other programs refuse it."""
+    return json.dumps(json.loads(json.dumps(content), parse_constant=lambda _: None), indent=2) + "\n"

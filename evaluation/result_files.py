@@ -1,7 +1,6 @@
 """Writes what an evaluation measured: tables, a curve over clicks, the worst objects, and the adapter's card."""
 
 import csv
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from huggingface_hub import EvalResult, HfApi, ModelCard
 
+from checkpoint_tools.outputs import json_text
 from segmentation.segments import Segment
 
 from .scoring import AUTOMATIC, BOXES, POINTS, EvaluationImage, Scores
@@ -86,7 +86,7 @@ def write_results(
 ) -> None:
     """Writes `metrics.json`, `objects.csv`, and the pictures `clicks.png` and `worst.png` as far as they apply."""
     content = {**facts, **{title: {**summaries[title], "classes": classes[title]} for title in summaries}}
-    (folder / "metrics.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    (folder / "metrics.json").write_text(json_text(content), encoding="utf-8")
     write_objects(folder / "objects.csv", images, scores)
     plot_clicks(folder / "clicks.png", summaries)
     *_, last = scores.values()

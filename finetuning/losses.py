@@ -137,7 +137,8 @@ class MaskMetrics:
             return {}
         scores = torch.cat(self.scores).cpu().double()  # MPS has no float64
         self.scores.clear()
-        iou, rating_error = scores[~scores.isnan().flatten(1).any(1)].unbind(-1)  # (objects, kinds)
+        is_padding = scores[..., 0].isnan().any(1)  # ratings are NaN, too, if training diverged
+        iou, rating_error = scores[~is_padding].unbind(-1)  # (objects, kinds)
         return {
             "iou": iou.mean().item(),
             **{f"iou_{kind}": column.mean().item() for kind, column in zip(self.kinds, iou.T, strict=True)},

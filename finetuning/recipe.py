@@ -1,5 +1,6 @@
 """The fine-tuning recipe: trains an adapter or a model from settings, evaluates it, and resumes interrupted runs."""
 
+import math
 import sys
 import time
 from typing import Any
@@ -8,7 +9,7 @@ import huggingface_hub
 import psutil
 import torch
 from peft import PeftModel
-from transformers import set_seed
+from transformers import TrainerState, set_seed
 
 from checkpoint_tools.bases import Base, described
 from checkpoint_tools.conversions import load_checked
@@ -89,6 +90,9 @@ def finetune(settings: Settings) -> None:
 def train(trainer: PromptTrainer, checkpoint: str | None) -> dict[str, Any]:
     """Trains, loads the best weights, and returns what was measured.
 
+    Raises:
+        SettingsError: If training diverged before it was validated once.
+
     Do not call `trainer.evaluate()` before `train()`: accelerate would skip wrapping the model in DDP, and ranks would
     diverge.
     """
@@ -97,6 +101,15 @@ def train(trainer: PromptTrainer, checkpoint: str | None) -> dict[str, Any]:
     trainer.train(resume_from_checkpoint=checkpoint)
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
     state, name = trainer.state, trainer.args.metric_for_best_model
+    if (step := first_diverged(state)) is not None:
+        best, diverged = state.best_global_step, f"at step {step}, the validation loss is not a number"
+        if best is None or best >= step:
+            raise SettingsError(
+                f"--learning-rate {trainer.args.learning_rate:g}: training diverged: {diverged}. Start again with a "
+                "lower one, or with --bf16 instead of --fp16, and with --force."
+            )
+        if trainer.args.process_index == 0:
+            print(f"Training diverged: {diverged}. The weights of step {best} are used.")
     before = metrics_of(next(entry for entry in state.log_history if f"eval_{name}" in entry))
     after = metrics_of(trainer.evaluate())
     return {
@@ -111,6 +124,12 @@ def train(trainer: PromptTrainer, checkpoint: str | None) -> dict[str, Any]:
         "peak_gigabytes": (peak_memory() - loaded) / 1e9,  # relative to memory after loading
         "history": state.log_history,
     }
+
+
+def first_diverged(state: TrainerState) -> int | None:
+    """Returns the first step at which the validation loss was not a number, if there is one."""
+    steps = (entry["step"] for entry in state.log_history if not math.isfinite(entry.get("eval_loss", 0)))
+    return next(steps, None)
 
 
 def base_of(settings: Settings) -> Base:

@@ -1,6 +1,5 @@
 """Writes the results of fine-tuning: metrics, pictures, model card, exported models; uploads them."""
 
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from checkpoint_tools.bases import Base
 from checkpoint_tools.checkout import ROOT
 from checkpoint_tools.comparison import relative_error
 from checkpoint_tools.licences import CODE_LICENCE
-from checkpoint_tools.outputs import staged
+from checkpoint_tools.outputs import json_text, staged
 from checkpoint_tools.plain_settings import keep_known_settings
 from checkpoint_tools.pushing import FILES, Destination, check_destination
 from checkpoint_tools.pushing import push as push_files
@@ -44,7 +43,7 @@ def write_results(
 ) -> None:
     """Writes metrics, pictures and exports of what is in `weights` to the output folder, and prints their paths."""
     output, validation, prompting = settings.folder, trainer.eval_dataset, trainer.prompting
-    (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    (output / "metrics.json").write_text(json_text(metrics), encoding="utf-8")
     is_adapter = weights.name == "adapter"
 
     def write_card(folder: Path, kind: Kind, repo_id: str | None = None) -> None:

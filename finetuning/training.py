@@ -102,7 +102,7 @@ def build_trainer(
     if settings.model.cache_embeddings:
         embeddings = EmbeddingCache(settings.model.cache_embeddings, model, processor, training.mixed_precision)
     encode = ItemEncoder(processor, mask_side, prompts, embeddings)
-    callbacks: list[TrainerCallback] = []
+    callbacks: list[TrainerCallback] = [StopWhenDiverged()]
     if training.patience:
         callbacks.append(EarlyStoppingCallback(training.patience))
     callbacks.append(StopAfter(math.inf if training.minutes is None else training.minutes))
@@ -181,6 +181,22 @@ class StopAfter(TrainerCallback):
             control.should_training_stop = True
         if control.should_training_stop or state.global_step >= state.max_steps:
             control.should_evaluate = control.should_save = True
+
+
+class StopWhenDiverged(TrainerCallback):
+    """Stops once the validation loss is not a number, as the weights then never recover."""
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float],
+        **kwargs: Any,
+    ) -> None:
+        """Stops training if the loss is not finite."""
+        if not math.isfinite(metrics["eval_loss"]):
+            control.should_training_stop = True
 
 
 def metrics_of(logged: dict[str, float]) -> dict[str, float]:
