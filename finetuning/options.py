@@ -75,18 +75,37 @@ def read_file(file: Path, parser: argparse.ArgumentParser) -> list[str]:
     """Returns the settings in a YAML or JSON file as arguments of the command line.
 
     Raises:
-        SettingsError: If it cannot be read, or has settings that the parser does not know.
+        SettingsError: If it cannot be read, has settings that the parser does not know, one of them twice, or several
+            values for one.
     """
     try:
-        settings = yaml.safe_load(file.read_text(encoding="utf-8")) or {}  # JSON is YAML, too
+        text = file.read_text(encoding="utf-8")
+        settings = yaml.safe_load(text)  # JSON is YAML, too
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise SettingsError(f"{file}: cannot be read: {error}") from error
+    if settings is None:
+        return []
     if not isinstance(settings, dict):
         raise SettingsError(f"{file}: expected settings by name, as in `steps: 500`, got {type(settings).__name__}.")
-    unknown = [name for name, value in settings.items() if parser.parse_known_args(as_arguments(name, value))[1]]
-    if unknown:
-        raise SettingsError(f"{file}: unknown settings: {', '.join(map(str, unknown))}.")
+    options = parser._option_string_actions
+    if unknown := [str(name) for name in settings if option_of(name) not in options]:
+        raise SettingsError(f"{file}: unknown settings: {', '.join(unknown)}.")
+    for name, value in settings.items():
+        if isinstance(value, list) and len(value) > 1 and options[option_of(name)].nargs not in ("*", "+"):
+            raise SettingsError(f"{file}: {name}: expected one value, got {len(value)}.")
+    keys = [key.value for key, _ in yaml.compose(text, yaml.SafeLoader).value]  # of which safe_load drops copies
+    names: dict[str, list[str]] = {}
+    for key in keys:
+        if action := options.get(option_of(key)):
+            names.setdefault(action.dest, []).append(key)
+    if twice := [" and ".join(same) for same in names.values() if len(same) > 1]:
+        raise SettingsError(f"{file}: expected each setting once, got {'; '.join(twice)}.")
     return [argument for name, value in settings.items() for argument in as_arguments(name, value)]
+
+
+def option_of(name: Any) -> str:
+    """Returns the option that a name with hyphens or underscores stands for."""
+    return f"--{str(name).replace('_', '-')}"
 
 
 def as_arguments(name: str, value: Any) -> list[str]:
@@ -94,8 +113,8 @@ def as_arguments(name: str, value: Any) -> list[str]:
     if value is None or value == []:
         return []
     if isinstance(value, list):
-        return [f"--{name}", *map(str, value)]
-    return [f"--{name}={json.dumps(value) if isinstance(value, dict | bool) else value}"]
+        return [option_of(name), *map(str, value)]
+    return [f"{option_of(name)}={json.dumps(value) if isinstance(value, dict | bool) else value}"]
 
 
 def kept(options: dict[str, Any]) -> dict[str, Any]:

@@ -69,6 +69,9 @@ def test_settings_out_of_range_are_refused(arguments, problem, capsys, tmp_path)
     ("content", "problem"),
     [
         ("steps: 3\nstepz: 4\nlearning-rat: 1", "run.yaml: unknown settings: stepz, learning-rat."),
+        ("steps: 3\nsteps: 4", "run.yaml: expected each setting once, got steps and steps."),
+        ("batch-size: 3\nper_device_train_batch_size: 4", "got batch-size and per_device_train_batch_size."),
+        ("steps: [3, 4]", "run.yaml: steps: expected one value, got 2."),
         ("- steps", "run.yaml: expected settings by name, as in `steps: 500`, got list."),
         ("steps: [", "run.yaml: cannot be read: while parsing"),
         ("steps: many", "invalid int value: 'many'"),
@@ -86,7 +89,7 @@ def test_bad_files_are_refused(content, problem, capsys, tmp_path):
 @pytest.mark.parametrize("suffix", ["yaml", "json"])
 def test_file_and_command_line(suffix, tmp_path):
     """Names of both spellings, short or TrainingArguments' own; the command line wins."""
-    options = {"steps": 7, "learning-rate": 1e-4, "eval_steps": 3, "target": ["k"], "bf16": True, "multimask": True}
+    options = {"steps": 7, "learning-rate": 1e-4, "eval_every": 3, "target": ["k"], "bf16": True, "multimask": True}
     options |= {"fsdp_config": {"min_num_params": 5}, "revision": None, "report_to": ["none"], "export": []}
     file = tmp_path / f"run.{suffix}"
     file.write_text(json.dumps(options) if suffix == "json" else yaml.safe_dump(options))
