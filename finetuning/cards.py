@@ -111,8 +111,8 @@ def card_data(base: Base, metrics: dict[str, Any], kind: Kind) -> ModelCardData:
 def metric_rows(metrics: dict[str, Any]) -> list[str]:
     """Returns a row for each metric, before and after training."""
     return [
-        f"| {name.replace('_', ' ')} | {value:.3f} | {metrics['after'][name]:.3f} |"
-        for name, value in metrics["before"].items()
+        f"| {name.replace('_', ' ')} | {metrics['before'][name]:.3f} | {value:.3f} |"
+        for name, value in metrics["after"].items()
         if name not in NOT_METRICS
     ]
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-import os
+import uuid
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -13,6 +13,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, SamProcessor
 
 from image_data.samples import Sample
+
+from .resuming import is_whole
 
 
 NAME = "image_embeddings"
@@ -48,16 +50,16 @@ class EmbeddingCache:
 
     @torch.no_grad()
     def fill(self, samples: Iterable[Sample], show_progress: bool) -> None:
-        """Encodes the samples whose embeddings are missing, one by one."""
+        """Encodes the samples whose embeddings are missing or damaged, one by one."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for sample in tqdm(list(samples), desc="Encoding", unit="image", disable=not show_progress):
             image, _ = sample.read()
             path = self.path(image)
-            if path.exists():
+            if path.exists() and is_whole(path):
                 continue
             pixel_values = self.processor(images=[image], return_tensors="pt")["pixel_values"]
             embedding = self.model.get_image_embeddings(pixel_values.to(self.model.device))[0]
-            partial = path.with_suffix(f".{os.getpid()}")  # a killed run leaves no half file under the real name
+            partial = path.with_suffix(f".{uuid.uuid4().hex}")  # a killed run leaves no half file under the real name
             save_file({NAME: embedding.contiguous().cpu()}, partial)
             partial.replace(path)
 

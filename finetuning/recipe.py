@@ -1,8 +1,8 @@
 """The fine-tuning recipe: trains an adapter or a model from settings, evaluates it, and resumes interrupted runs."""
 
-import math
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import huggingface_hub
@@ -26,6 +26,7 @@ from .data_summary import PICTURE, DataSummary
 from .model import four_bits, make_trainable
 from .prompts import ValidationSet
 from .results import destination_of, write_results
+from .resuming import first_diverged, has_stopped
 from .runs import opened_run, write_check
 from .settings import Settings
 from .training import PromptTrainer, build_trainer, metrics_of
@@ -97,6 +98,11 @@ def train(trainer: PromptTrainer, checkpoint: str | None) -> dict[str, Any]:
     diverge.
     """
     trainer.args.eval_on_start = checkpoint is None
+    if checkpoint:
+        earlier = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        if has_stopped(earlier, trainer.args.patience):
+            trainer.args.max_steps = earlier.global_step
+            trainer.train_dataset.size = earlier.global_step * trainer.args.step_size
     started, cpu_started, loaded = time.perf_counter(), time.process_time(), peak_memory()
     trainer.train(resume_from_checkpoint=checkpoint)
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
@@ -124,12 +130,6 @@ def train(trainer: PromptTrainer, checkpoint: str | None) -> dict[str, Any]:
         "peak_gigabytes": (peak_memory() - loaded) / 1e9,  # relative to memory after loading
         "history": state.log_history,
     }
-
-
-def first_diverged(state: TrainerState) -> int | None:
-    """Returns the first step at which the validation loss was not a number, if there is one."""
-    steps = (entry["step"] for entry in state.log_history if not math.isfinite(entry.get("eval_loss", 0)))
-    return next(steps, None)
 
 
 def base_of(settings: Settings) -> Base:

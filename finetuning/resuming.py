@@ -1,12 +1,14 @@
 """The last whole checkpoint of an interrupted run."""
 
 import json
+import math
 import re
 import zipfile
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from transformers import EarlyStoppingCallback, TrainerState
 
 from image_data.setting_checks import SettingsError
 
@@ -48,6 +50,22 @@ def last_checkpoint(output: Path) -> tuple[Path | None, list[str]]:
             )
         return path, damaged
     return None, damaged
+
+
+def has_stopped(state: TrainerState, patience: int) -> bool:
+    """Whether training had stopped by itself at a checkpoint: `Trainer` would make one more step from there.
+
+    Not at the time limit, as a resumed run has time again.
+    """
+    stopping = state.stateful_callbacks.get(EarlyStoppingCallback.__name__, {}).get("attributes", {})
+    is_late = bool(patience) and stopping.get("early_stopping_patience_counter", 0) >= patience
+    return is_late or first_diverged(state) is not None
+
+
+def first_diverged(state: TrainerState) -> int | None:
+    """Returns the first step at which the validation loss was not a number, if there is one."""
+    steps = (entry["step"] for entry in state.log_history if not math.isfinite(entry.get("eval_loss", 0)))
+    return next(steps, None)
 
 
 def is_whole(file: Path) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from checkpoint_tools.outputs import locked, mark, read_marker, staged
+from checkpoint_tools.outputs import MARKER, MAY_LIE_IN_EMPTY_FOLDERS, locked, mark, read_marker, staged
 from image_data.samples import TrainValidationParts
 from image_data.setting_checks import SettingsError
 
@@ -36,6 +36,7 @@ NOT_IN_FINGERPRINT = {
     *("push_to_hub", "hub_model_id", "hub_token", "hub_private_repo", "hub_revision", "disable_tqdm"),
     *("license", "license_name", "license_link"),
 }
+NOTHING_TRAINED = {FINGERPRINT, RUN_FILE, FILE, PICTURE, MARKER, *MAY_LIE_IN_EMPTY_FOLDERS}  # names
 NOT_REPEATED = {"check", "resume", "force", "hub_token"}
 
 
@@ -51,10 +52,7 @@ def opened_run(settings: Settings, parts: TrainValidationParts, is_main: bool) -
         checkpoint, _ = checkpoint_of(settings, parts)
         yield checkpoint
         return
-    if settings.folder.is_file():
-        raise FileExistsError(f"--output {settings.folder} is a file: choose another name.")
-    settings.folder.mkdir(parents=True, exist_ok=True)
-    with locked(settings.folder):
+    with held(settings.folder):
         checkpoint, damaged = checkpoint_of(settings, parts)
         if damaged:
             print(f"Not whole: {', '.join(damaged)}. The run goes on from {checkpoint or 'its beginning'}.")
@@ -66,9 +64,24 @@ def opened_run(settings: Settings, parts: TrainValidationParts, is_main: bool) -
         mark(settings.folder, KIND)  # from now on, what comes into it is someone else's
 
 
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Makes the output folder if it is missing, and holds a lock on it.
+
+    Raises:
+        FileExistsError: If it is a file, or another run writes to it.
+    """
+    if folder.is_file():
+        raise FileExistsError(f"--output {folder} is a file: choose another name.")
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        yield
+
+
 def goes_on(settings: Settings) -> bool:
     """Whether an earlier run is resumed."""
-    return settings.output.resume and (settings.folder / FINGERPRINT).exists()
+    folder = settings.folder
+    return settings.output.resume and (folder / FINGERPRINT).exists() and not holds_nothing_trained(folder)
 
 
 def write_settings(settings: Settings, parts: TrainValidationParts) -> None:
@@ -77,7 +90,7 @@ def write_settings(settings: Settings, parts: TrainValidationParts) -> None:
     Raises:
         FileExistsError: If the folder is in use, or belongs to something else.
     """
-    force = settings.output.force or holds_a_check_alone(settings.folder)
+    force = settings.output.force or holds_nothing_trained(settings.folder)
     with staged(settings.folder, KIND, force, inputs(settings), grows=True) as folder:
         (folder / FINGERPRINT).write_text(json.dumps(fingerprint(settings, parts), indent=2) + "\n")
         write_file(
@@ -91,14 +104,15 @@ def write_check(settings: Settings, summary: DataSummary, parts: TrainValidation
     Raises:
         FileExistsError: If the folder is in use, or belongs to something else.
     """
-    force = settings.output.force or holds_a_check_alone(settings.folder)
-    with staged(settings.folder, KIND, force, inputs(settings)) as folder:
-        summary.save(folder, parts)
+    with held(settings.folder):
+        force = settings.output.force or holds_nothing_trained(settings.folder)
+        with staged(settings.folder, KIND, force, inputs(settings)) as folder:
+            summary.save(folder, parts)
 
 
-def holds_a_check_alone(folder: Path) -> bool:
-    """Whether there is nothing in the output folder but what `write_check` wrote."""
-    return read_marker(folder).get("files") == sorted([FILE, PICTURE])
+def holds_nothing_trained(folder: Path) -> bool:
+    """Whether the output folder is that of a check, or of a run that was killed before its first checkpoint."""
+    return read_marker(folder).get("kind") == KIND and {path.name for path in folder.iterdir()} <= NOTHING_TRAINED
 
 
 def inputs(settings: Settings) -> list[str | Path]:

@@ -137,7 +137,7 @@ def build_trainer(
         trainer.add_callback(MaskPictures(trainer))
     if embeddings:
         samples = [*parts.train, *parts.validation, *parts.test][training.process_index :: training.world_size]
-        with trainer.compute_loss_context_manager():  # in the precision of training
+        with trainer.accelerator.autocast():  # in the precision of training
             embeddings.fill(samples, show_progress=training.process_index == 0)
         trainer.accelerator.wait_for_everyone()
     return trainer

@@ -30,7 +30,9 @@ def losses(output: Path) -> list[float]:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:mtime may not be reliable:UserWarning")
-def test_losses_are_the_same(arguments, tmp_path):
+@pytest.mark.parametrize("precision", [[], ["--bf16"]], ids=["float32", "bfloat16"])
+def test_losses_are_the_same(precision, arguments, tmp_path):
+    arguments += precision
     cache = ["--cache-embeddings", str(tmp_path / "embeddings")]
     finetune.main([*arguments, "--output", str(tmp_path / "plain")])
     finetune.main([*arguments, *cache, "--output", str(tmp_path / "cached")])
@@ -55,7 +57,7 @@ def test_name_depends_on_image_weights_and_preprocessing(tmp_path):
     assert len(paths) == 5
 
 
-def test_only_what_is_missing_is_encoded(tmp_path):
+def test_only_what_is_missing_or_damaged_is_encoded(tmp_path):
     model, processor = load_base(str(SAM_TINY), image_size=64)
     calls: list[int] = []
     model.vision_encoder.register_forward_hook(lambda *_: calls.append(1))
@@ -64,6 +66,11 @@ def test_only_what_is_missing_is_encoded(tmp_path):
     cache.fill(samples[:1], show_progress=False)
     cache.fill(samples, show_progress=False)
     assert len(calls) == 2
+    damaged = cache.path(samples[0].read()[0])
+    for content in (damaged.read_bytes()[:-1], b""):
+        damaged.write_bytes(content)
+        cache.fill(samples, show_progress=False)
+    assert len(calls) == 4
     for sample in samples:
         image, _ = sample.read()
         pixel_values = processor(images=[image], return_tensors="pt")["pixel_values"]

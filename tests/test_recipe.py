@@ -24,6 +24,7 @@ from transformers import AutoModel, SamModel
 import finetune
 from checkpoint_tools.checkout import ROOT, SAM_TINY
 from checkpoint_tools.outputs import MARKER, locked
+from finetuning import recipe
 from finetuning.losses import MaskMetrics, object_scores
 from finetuning.model import trained
 from finetuning.prompts import ItemEncoder, Prompts, ValidationSet
@@ -146,6 +147,41 @@ def test_resumed_equals_uninterrupted(whole_run, tmp_path, capsys):
     assert all(torch.equal(actual[name], weights[name]) for name in weights)
 
 
+@pytest.mark.slow
+def test_resuming_a_run_that_stopped_by_itself_trains_no_further(photos, tmp_path):
+    """As if it had been killed while its results were written."""
+    arguments = [*photos, *SMALL_RUN, "--learning-rate", "0.3", "--eval-every", "1", "--patience", "2", "--grid", "4"]
+    expected = run(tmp_path / "run", *arguments, "--steps", "12")
+    card = (tmp_path / "run" / "adapter" / "README.md").read_text()
+    metrics = run(tmp_path / "run", *arguments, "--steps", "12", "--resume")
+    assert metrics["steps"] == expected["steps"] < 12, "it stopped"
+    assert losses(metrics) == losses(expected)
+    assert (metrics["best_step"], metrics["after"]) == (expected["best_step"], expected["after"])
+    assert (tmp_path / "run" / "adapter" / "README.md").read_text() == card
+
+
+def test_a_run_killed_before_its_first_checkpoint_is_in_nobodys_way(photos, tmp_path, monkeypatch):
+    """At any moment, as there is nothing to lose."""
+
+    def killed(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(recipe, "train", killed)
+    output = tmp_path / "run"
+    options: list[list[str]] = [[], [], ["--resume"], ["--resume"], []]
+    missing = ["", "", "data.png data.json", "run.yaml", "run.yaml settings.json"]
+    for option, names in zip(options, missing, strict=True):
+        for name in names.split():
+            (output / name).unlink()
+        with pytest.raises(SystemExit, match="Interrupted"):
+            run(output, *photos, *SMALL_RUN, *option)
+        written = {"run.yaml", "settings.json", "data.json", "data.png", MARKER}
+        assert {path.name for path in output.iterdir()} == written
+    (output / "notes.txt").touch()
+    with pytest.raises(SystemExit, match="is not empty"):
+        run(output, *photos, *SMALL_RUN)
+
+
 def damage(file: str, checkpoint: str = "checkpoint-4") -> Callable[[Path], object]:
     def cut(output: Path) -> None:
         path = next(output.glob(f"{checkpoint}/{file}"))
@@ -225,12 +261,13 @@ def test_resume_refuses_other_settings(whole_run, tmp_path):
     assert (tmp_path / "precious.txt").exists()
 
 
-def test_one_run_at_a_time_writes_to_a_folder(photos, tmp_path):
+@pytest.mark.parametrize("option", ["--force", "--check"])
+def test_one_run_at_a_time_writes_to_a_folder(option, photos, tmp_path):
     """Even with --force."""
     output = tmp_path / "run"
     output.mkdir()
     with locked(output), pytest.raises(SystemExit, match="Another run writes to"):
-        run(output, *photos, *SMALL_RUN, "--force")
+        run(output, *photos, *SMALL_RUN, option)
     assert not any(output.iterdir())
 
 
