@@ -157,6 +157,13 @@ def staged_files(folder: Path) -> dict[str, Path]:
     return {path.relative_to(folder).as_posix(): path for path in paths}
 
 
+def print_files(folder: Path, title: str) -> None:
+    """Prints the files of the repo in `folder`, with their sizes in bytes."""
+    print(title)
+    for file, path in staged_files(folder).items():
+        print(f"{path.stat().st_size:>14,}  {file}")
+
+
 def is_ours(name: str, patterns: Sequence[str] = FILES) -> bool:
     """Whether a repo of ours may hold a file of this name."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

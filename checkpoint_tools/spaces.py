@@ -21,7 +21,7 @@ from .checkout import ROOT
 from .licences import UNKNOWN, Licence, stated_licence
 from .outputs import staged
 from .plain_settings import read_json
-from .pushing import Destination, check_destination, explain, push, staged_files
+from .pushing import Destination, check_destination, explain, print_files, push
 from .space_verification import verify_space
 from .uploading import read_token
 
@@ -103,9 +103,7 @@ def upload_space(
         print(f"It answers: a click on {EXAMPLE.name} gives a mask of {mask:,} pixels.")
         if model.needs_token:
             print("Note: the model is private or gated: add a secret HF_TOKEN in the settings of the Space.")
-        print(f"Would push to {destination.repo_id}:" if dry_run else "Staged:")
-        for file, path in staged_files(output).items():
-            print(f"{path.stat().st_size:>14,}  {file}")
+        print_files(output, f"Would push to {destination.repo_id}:" if dry_run else "Staged:")
         if not dry_run:
             patterns = (*FILES, *(f"{package}/*" for package in PACKAGES))
             commit = push(api, destination, output, head, patterns)
@@ -247,7 +245,7 @@ def readme(model: PinnedModel, card: BaseCard, licence: Licence) -> str:
     link = f"[{name}](https://huggingface.co/{name}/tree/{commit})"
     if model.adapter:
         link += f" on [{model.base}](https://huggingface.co/{model.base}/tree/{model.base_commit})"
-    text = Template(TEMPLATE.read_text(encoding="utf-8"), keep_trailing_newline=True).render(
+    return Template(TEMPLATE.read_text(encoding="utf-8"), keep_trailing_newline=True).render(
         metadata=CardData(**{key: value for key, value in metadata.items() if value is not None}).to_yaml(),
         title=title,
         model=link,
@@ -256,7 +254,6 @@ def readme(model: PinnedModel, card: BaseCard, licence: Licence) -> str:
         results=results_of(card),
         code=loading_code(model),
     )
-    return text
 
 
 def results_of(card: BaseCard) -> str:

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, get_token
+from huggingface_hub import CommitInfo, HfApi, get_token
 
 from .bases import Base, read_base
 from .cards import card_facts, model_card
@@ -19,7 +19,7 @@ from .errors import well_formed
 from .licences import CODE_LICENCE, Licence
 from .outputs import staged
 from .plain_settings import copy_plain, keep_known_settings, read_json, read_processor
-from .pushing import FILES, Destination, check_destination, is_ours, push, staged_files
+from .pushing import FILES, Destination, check_destination, is_ours, print_files, push
 from .verification import check_card
 
 
@@ -66,20 +66,11 @@ def upload(
 
     with tempfile.TemporaryDirectory(prefix="sam-split-") as temporary:
         output = output or Path(temporary, "model")
+        repo_id = destination.repo_id if destination else f"<user>/{output.resolve().name}"
         with staged(output, "model repo", force, sources=(base.folder,)) as folder:
-            stage(base.folder, folder, max_shard_size, base.licence.files)
-            print("Verifying in a new process ...", flush=True)
-            figures = run_verify(str(folder), base.folder)
-            repo_id = destination.repo_id if destination else f"<user>/{output.resolve().name}"
-            version = read_json(folder / "config.json")["sam_split_version"]
-            (folder / "README.md").write_text(
-                model_card(card_facts(repo_id, base, figures, version)), encoding="utf-8"
-            )
-            check_staged(folder, base.licence.files)
+            figures = stage_verified(base, folder, repo_id, max_shard_size)
         print(staged_message(figures, base))
-        print(f"Would push to {repo_id}:" if dry_run else "Staged:")
-        for file, path in staged_files(output).items():
-            print(f"{path.stat().st_size:>14,}  {file}")
+        print_files(output, f"Would push to {repo_id}:" if dry_run else "Staged:")
         if destination and pushes:
             commit = push(
                 api,
@@ -88,11 +79,22 @@ def upload(
                 head,
                 verify=lambda commit, cache: run_verify(destination.repo_id, base.folder, commit, cache),
             )
-            print(
-                f"{commit.pr_url or commit.repo_url}\nCommit {commit.oid}, which others load with\n\n"
-                "    from transformers import AutoModel\n"
-                f'    AutoModel.from_pretrained("{repo_id}", revision="{commit.oid}", trust_remote_code=True)\n'
-            )
+            print(pushed_message(commit, repo_id))
+
+
+def stage_verified(base: Base, folder: Path, repo_id: str, max_shard_size: str) -> dict[str, Any]:
+    """Writes all files of the model repo into `folder`, with a card of what `verify.py` measured, which it returns.
+
+    Raises:
+        ValueError: If something is wrong with the base or the result.
+    """
+    stage(base.folder, folder, max_shard_size, base.licence.files)
+    print("Verifying in a new process ...", flush=True)
+    figures = run_verify(str(folder), base.folder)
+    version = read_json(folder / "config.json")["sam_split_version"]
+    (folder / "README.md").write_text(model_card(card_facts(repo_id, base, figures, version)), encoding="utf-8")
+    check_staged(folder, base.licence.files)
+    return figures
 
 
 def staged_message(figures: dict[str, Any], base: Base) -> str:
@@ -106,6 +108,15 @@ def staged_message(figures: dict[str, Any], base: Base) -> str:
     if base.licence.problem:
         lines.append(f"Note: it is not ready for a push: {base.licence.problem}.")
     return "\n".join(lines)
+
+
+def pushed_message(commit: CommitInfo, repo_id: str) -> str:
+    """Returns where a push can be seen, and how others load what it pushed."""
+    return (
+        f"{commit.pr_url or commit.repo_url}\nCommit {commit.oid}, which others load with\n\n"
+        "    from transformers import AutoModel\n"
+        f'    AutoModel.from_pretrained("{repo_id}", revision="{commit.oid}", trust_remote_code=True)\n'
+    )
 
 
 def read_token(path: Path | None) -> str | None:

@@ -1,7 +1,7 @@
 """Writes the results of fine-tuning: metrics, pictures, model card, exported models; uploads them."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,64 +42,93 @@ def write_results(
     trainer: PromptTrainer,
 ) -> None:
     """Writes metrics, pictures and exports of what is in `weights` to the output folder, and prints their paths."""
-    output, validation, prompting = settings.folder, trainer.eval_dataset, trainer.prompting
-    (output / "metrics.json").write_text(json_text(metrics), encoding="utf-8")
+    (settings.folder / "metrics.json").write_text(json_text(metrics), encoding="utf-8")
     is_adapter = weights.name == "adapter"
-
-    def write_card(folder: Path, kind: Kind, repo_id: str | None = None) -> None:
-        card(settings.model, made_of, metrics, kind, repo_id).save(folder / "README.md")
-        for file in made_of.licence.files:
-            shutil.copyfile(made_of.folder / file, folder / file)
-
-    write_card(weights, "adapter" if is_adapter else "split model", settings.training.hub_model_id)
-    print_scores(metrics, prompting.validated)
+    repo_id = settings.training.hub_model_id
+    write_card(weights, settings, made_of, metrics, "adapter" if is_adapter else "split model", repo_id)
+    print_scores(metrics, trainer.prompting.validated)
     print(f"{weights.name.capitalize()}: {weights}")
     if is_adapter and is_stock(made_of):
         print(f"Its base, {made_of.title}, is a stock SAM: README.md beside the adapter says how to load it.")
 
     base, processor = load_base(settings.model.base, settings.model.revision, image_size=settings.model.image_size)
-    shown = items_to_show(validation)
-    masks = {"before": [predict(base, validation, index, prompting)[0] for index in shown]}
+    before = masks_to_show(base, trainer)
     model = trained(base, weights).eval()
     if is_adapter:
         complete_adapter(weights, made_of, processor)
     else:
         processor.save_pretrained(weights)
         keep_known_settings(weights)
-    how_to_segment = segmentation_settings(settings, parts)
     sweep = sweep_thresholds(
         Predictor(model.to(settings.training.device), processor),
         labelled_images([*parts.train, *parts.validation]),
-        how_to_segment,
+        segmentation_settings(settings, parts),
     )
     sweep.settings.save(weights)
     print(sweep)
     model.cpu()
-    masks["after"] = [predict(model, validation, index, prompting)[0] for index in shown]
-    rows = [
-        picture_row(validation, index, prompting, {title: masks[title][row] for title in masks})
-        for row, index in enumerate(shown)
-    ]
-    plot_masks(rows, output / "masks.png")
-    plot_curves(metrics["history"], metrics["before"]["iou"], output / "curves.png")
-    print(f"Pictures: {output / 'masks.png'}, {output / 'curves.png'}")
+    write_pictures(settings.folder, trainer, {"before": before, "after": masks_to_show(model, trainer)}, metrics)
 
-    def export(whole: PreTrainedModel, folder: Path, kind: Kind) -> None:
-        with staged(folder, kind, force=True) as target:
-            whole.save_pretrained(target)
-            keep_known_settings(target)
-            processor.save_pretrained(target)
-            sweep.settings.save(target)
-            write_card(target, kind)
+    def complete(folder: Path, kind: Kind) -> None:
+        keep_known_settings(folder)
+        processor.save_pretrained(folder)
+        sweep.settings.save(folder)
+        write_card(folder, settings, made_of, metrics, kind)
 
-    if "merged" in settings.output.export:
-        export(model, output / "merged", "split model")
-        print(f"Merged: {output / 'merged'}")
-    if "stock" in settings.output.export:
-        export(model.to_sam(), output / "sam", "stock model")
-        print(compared_with_stock(model, output / "sam", trainer, shown))
+    write_exports(settings, model, trainer, complete)
     if settings.training.hub_model_id:
         push(weights, settings.training)
+
+
+def write_card(
+    folder: Path,
+    settings: Settings,
+    made_of: Base,
+    metrics: dict[str, Any],
+    kind: Kind,
+    repo_id: str | None = None,
+) -> None:
+    """Writes the model card of what is in `folder`, and the licence files that it names."""
+    card(settings.model, made_of, metrics, kind, repo_id).save(folder / "README.md")
+    for file in made_of.licence.files:
+        shutil.copyfile(made_of.folder / file, folder / file)
+
+
+def masks_to_show(model: PreTrainedModel, trainer: PromptTrainer) -> list[np.ndarray]:
+    """Returns the masks that `model` predicts for the validation items that are shown."""
+    validation, prompting = trainer.eval_dataset, trainer.prompting
+    return [predict(model, validation, index, prompting)[0] for index in items_to_show(validation)]
+
+
+def write_pictures(
+    folder: Path, trainer: PromptTrainer, masks: dict[str, list[np.ndarray]], metrics: dict[str, Any]
+) -> None:
+    """Draws masks, in a column for each title, and the course of training."""
+    rows = [
+        picture_row(trainer.eval_dataset, index, trainer.prompting, {title: masks[title][row] for title in masks})
+        for row, index in enumerate(items_to_show(trainer.eval_dataset))
+    ]
+    plot_masks(rows, folder / "masks.png")
+    plot_curves(metrics["history"], metrics["before"]["iou"], folder / "curves.png")
+    print(f"Pictures: {folder / 'masks.png'}, {folder / 'curves.png'}")
+
+
+def write_exports(
+    settings: Settings, model: PreTrainedModel, trainer: PromptTrainer, complete: Callable[[Path, Kind], None]
+) -> None:
+    """Writes the whole models that `--export` asks for. `complete` adds the files that belong to the weights."""
+    if "merged" in settings.output.export:
+        folder = settings.folder / "merged"
+        with staged(folder, "split model", force=True) as target:
+            model.save_pretrained(target)
+            complete(target, "split model")
+        print(f"Merged: {folder}")
+    if "stock" in settings.output.export:
+        folder = settings.folder / "sam"
+        with staged(folder, "stock model", force=True) as target:
+            model.to_sam().save_pretrained(target)
+            complete(target, "stock model")
+        print(compared_with_stock(model, folder, trainer, items_to_show(trainer.eval_dataset)))
 
 
 def print_scores(metrics: dict[str, Any], kinds: Sequence[str]) -> None:

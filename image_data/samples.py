@@ -95,6 +95,7 @@ def train_validation_parts(
     """
     names = [*divided(sources, 0 if own_validation else validation, seed), *["validation"] * len(own_validation)]
     names += ["test"] * len(test)
+    divides = len(sources) == 1 and not own_validation
     part_side = None
     samples: dict[str, list[Sample]] = {"train": [], "validation": [], "test": []}
     left_out, notes, problems, copies = Counter[str](), Counter[str](), [], Copies()
@@ -102,21 +103,17 @@ def train_validation_parts(
     for source, name in zip(tqdm(every, "Reading", unit="image", disable=len(every) < 50), names, strict=True):
         try:
             whole = checked(source)
-            height, width = whole.image.shape[:2]
-            parts: dict[str, Window] = {name: (slice(0, height), slice(0, width))}
-            spanning = np.zeros(0, dtype=int)
-            if name == "train" and len(sources) == 1 and not own_validation:
-                parts = halves((height, width), validation)
-                part_side = max(edge.stop - edge.start for edge in parts["train"])
-                in_training, in_validation = (areas_of(whole.labels[..., *part])[0] for part in parts.values())
-                spanning = np.intersect1d(in_training, in_validation)
+            windows, spanning = {name: all_of(whole)}, np.zeros(0, dtype=int)
+            if divides and name == "train":
+                windows, spanning = divided_image(whole, validation)
+                part_side = max(edge.stop - edge.start for edge in windows["train"])
                 left_out[BETWEEN_PARTS] += len(spanning)
-            for part_name, part in parts.items():
-                windows = tiles(part, tile, overlap)
-                used = [*samples_of(source, whole, windows, mask_side, min_area, spanning, left_out)]
-                samples[part_name] += used
+            for part, window in windows.items():
+                cut = tiles(window, tile, overlap)
+                used = [*samples_of(source, whole, cut, mask_side, min_area, spanning, left_out)]
+                samples[part] += used
                 if used and len(every) > 1:
-                    copies.add(whole.image, part_name, source.name)
+                    copies.add(whole.image, part, source.name)
         except (ValueError, OSError) as error:
             problems.append(str(error))
             continue
@@ -124,18 +121,44 @@ def train_validation_parts(
         notes += whole.notes
     if problems:
         raise DataError(problems)
-    found = TrainValidationParts(
-        samples["train"],
-        samples["validation"],
-        +left_out,
-        [*(f"{number} {what}" for what, number in notes.items()), *copies.notes()],
-        samples["test"],
-        part_side,
-    )
-    for purpose, name in (("training", "train"), ("validation", "validation"), ("test", "test")):
-        if not samples[name] and (name != "test" or test):
-            raise DataError([f"No {purpose} objects left. {advice(found)}", *lines(found.left_out), *found.notes])
-    return found
+    remarks = [*(f"{number} {what}" for what, number in notes.items()), *copies.notes()]
+    parts = TrainValidationParts(**samples, left_out=+left_out, notes=remarks, part_side=part_side)
+    require_objects(parts, tests=bool(test))
+    return parts
+
+
+def all_of(whole: LabelledImage) -> Window:
+    """Returns the window that shows all of an image."""
+    height, width = whole.image.shape[:2]
+    return slice(0, height), slice(0, width)
+
+
+def divided_image(whole: LabelledImage, validation: float) -> tuple[dict[str, Window], np.ndarray]:
+    """Returns the training and the validation part of an image, and the numbers of the objects that are in both.
+
+    Args:
+        whole: The image.
+        validation: Share of it to keep for validation.
+    """
+    parts = halves(whole.image.shape[:2], validation)
+    in_training, in_validation = (areas_of(whole.labels[..., *part])[0] for part in parts.values())
+    return parts, np.intersect1d(in_training, in_validation)
+
+
+def require_objects(parts: TrainValidationParts, tests: bool) -> None:
+    """Checks that each part has objects.
+
+    Args:
+        parts: The samples.
+        tests: Whether there is to be a test part.
+
+    Raises:
+        DataError: If one has none.
+    """
+    wanted = {"training": parts.train, "validation": parts.validation} | ({"test": parts.test} if tests else {})
+    for purpose, samples in wanted.items():
+        if not samples:
+            raise DataError([f"No {purpose} objects left. {advice(parts)}", *lines(parts.left_out), *parts.notes])
 
 
 def divided(sources: Sequence[Source], validation: float, seed: int) -> list[str]:
