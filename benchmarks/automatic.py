@@ -60,7 +60,11 @@ def main() -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.automatic",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--base", default=str(SAM_TINY), help="folder or Hub id of a SAM v1")
     parser.add_argument("--image", type=Path, help="an image file (default: the coins)")
     parser.add_argument("--min-iou", type=float, default=0.5, help="lowest predicted IoU")

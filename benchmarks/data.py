@@ -49,7 +49,9 @@ def main() -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--files", type=int, default=2000, help="images to check")
     parser.add_argument("--side", type=int, default=256, help="their pixels along a side")
     parser.add_argument("--large-side", type=int, default=5000, help="pixels along a side of the large image")

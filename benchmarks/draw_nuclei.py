@@ -24,7 +24,11 @@ def main() -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.draw_nuclei",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("folder", type=Path, help="where train/ and test/ are written")
     parser.add_argument("--train", type=int, default=10, help="images to learn from")
     parser.add_argument("--test", type=int, default=4, help="images to evaluate on")

@@ -33,7 +33,7 @@ def draw_samples(samples: dict[str, list[Sample]]) -> Image.Image:
     heights = [max(cell.height for cell in row) + MARGIN for row in rows]
     sheet = Image.new("RGB", (width, MARGIN + sum(heights) + CAPTION // 2), "white")
     ImageDraw.Draw(sheet).text(
-        (MARGIN, sheet.height - CAPTION // 2), shortened(LEGEND, CHARACTERS * len(rows[0])), "black", FONT
+        (MARGIN, sheet.height - CAPTION // 2), without_middle(LEGEND, CHARACTERS * len(rows[0])), "black", FONT
     )
     for row, top in zip(rows, np.cumsum([MARGIN, *heights]).tolist(), strict=False):
         for column, cell in enumerate(row):
@@ -71,7 +71,7 @@ def draw_sample(sample: Sample, part: str) -> Image.Image:
     if rows.start or columns.start:
         lines[1] += f" from ({columns.start}, {rows.start})"
     for line, top in zip(lines, (2, 22), strict=True):
-        ImageDraw.Draw(cell).text((0, top), shortened(line), fill="black", font=FONT)
+        ImageDraw.Draw(cell).text((0, top), without_middle(line), fill="black", font=FONT)
     return cell
 
 
@@ -108,6 +108,6 @@ def write_numbers(picture: Image.Image, segments: Sequence[Segment]) -> None:
         )
 
 
-def shortened(line: str, most: int = CHARACTERS) -> str:
+def without_middle(line: str, most: int = CHARACTERS) -> str:
     """A line without its middle, if it is too long."""
     return line if len(line) <= most else f"{line[: most // 2 - 1]}…{line[-most // 2 :]}"

@@ -63,7 +63,11 @@ def main() -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m pretraining.train_sam_tiny",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("--output", type=Path, help="where to save the trained model")
     action.add_argument("--evaluate", type=Path, help="print the scores of this checkpoint instead of training one")
