@@ -17,7 +17,7 @@ from .coco_masks import EmptyMaskError, decode, is_missing, shortened, whole_num
 from .decoding import DataError, ImageReading, upright
 from .images import read_pixels, rgb_of
 from .overlaps import layers_of
-from .patterns import files_in
+from .patterns import checked_folder, files_in
 from .sources import LabelledImage, Source, SourceList
 
 
@@ -167,11 +167,13 @@ def read_json(file: Path) -> dict[str, Any]:
     """Returns the content of a COCO file, with lists of images and annotations.
 
     Raises:
-        DataError: If it is something else.
+        DataError: If it is something else, or cannot be read.
     """
     try:
         content = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise DataError([f"{file}: cannot be read: {error.strerror}."]) from error
+    except (ValueError, RecursionError) as error:
         raise DataError([f"{file}: not a COCO annotation file: {type(error).__name__} {error}."]) from error
     for key in ("images", "annotations"):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
@@ -287,9 +289,7 @@ class ImageFinder:
     """
 
     def __init__(self, folder: Path):
-        if not folder.is_dir():
-            raise DataError([f"{folder} is not a folder."])
-        self.folder = folder
+        self.folder = checked_folder(folder)
         self.by_name_alone: list[Path] = []
 
     def find(self, name: str) -> Path:

@@ -20,7 +20,7 @@ from .images import (
 from .interpretation import interpret_masks
 from .labels import LabelReading
 from .overlaps import layers_of
-from .patterns import Pattern, files_in
+from .patterns import Pattern, checked_folder, files_in
 from .sources import LabelledImage, Source, SourceList
 
 
@@ -246,9 +246,7 @@ class NamedFiles:
     """
 
     def __init__(self, folder: Path, pattern: str | None, suffixes: tuple[str, ...], other: Path):
-        if not folder.is_dir():
-            raise DataError([f"{folder} is not a folder."])
-        self.folder = folder
+        self.folder = checked_folder(folder)
         self.takes_all = pattern is None
         self.pattern = Pattern(pattern or "{stem}.*")
         self.suffixes = suffixes

@@ -64,6 +64,19 @@ class Pattern:
         return "*" in self.text.removesuffix(".*")
 
 
+def checked_folder(given: Path) -> Path:
+    """Returns a path if it is a folder.
+
+    Raises:
+        DataError: If it is a file, or nothing.
+    """
+    if given.is_file():
+        raise DataError([f"{given} is a file: expected its folder, and patterns of names if that has other files, too."])
+    if not given.is_dir():
+        raise DataError([f"{given}: there is no such folder."])
+    return given
+
+
 def files_in(folder: Path) -> list[Path]:
     """Returns the files in a folder and those below it, also linked ones, without those that systems hide."""
     found: list[Path] = []
