@@ -111,7 +111,7 @@ def evaluate(request: EvaluationRequest) -> dict[str, dict[str, Any]]:
     settings = SegmentationSettings.load(request.trained or request.base or SAM_TINY).but(**request.changes)
     images, about_data = read_images(request, settings.reading)
     number = sum(len(image.objects) for image in images)
-    print(f"{about_data}: {number} objects in {len(images)} images.", flush=True)
+    print(f"{about_data}: {number_of(number, 'object')} in {number_of(len(images), 'image')}.", flush=True)
     scores = score(request, images, settings)
     summaries = {title: summary(each, images) for title, each in scores.items()}
     classes = {title: class_summary(each, images) for title, each in scores.items()}

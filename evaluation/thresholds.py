@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy import ndimage
 
+from image_data.decoding import number_of
 from image_data.samples import Sample
 from segmentation.automatic import Candidates, choose, find_candidates, scaled_up
 from segmentation.predictor import Predictor
@@ -49,8 +50,9 @@ class ThresholdSweep:
                 "Train longer, or with more images."
             )
         return (
-            f"Thresholds for automatic masks, from {self.images} images: min_iou {self.settings.min_iou:g}, "
-            f"min_stability {self.settings.min_stability:g} (mSA {self.scores.max():.3f})."
+            f"Thresholds for automatic masks, from {number_of(self.images, 'image')}: "
+            f"min_iou {self.settings.min_iou:g}, min_stability {self.settings.min_stability:g} "
+            f"(mSA {self.scores.max():.3f})."
         )
 
 

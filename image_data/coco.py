@@ -14,7 +14,7 @@ from urllib.parse import unquote
 import numpy as np
 
 from .coco_masks import EmptyMaskError, decode, is_missing, shortened, whole_number
-from .decoding import DataError, ImageReading, upright
+from .decoding import DataError, ImageReading, number_of, upright
 from .images import read_pixels, rgb_of
 from .overlaps import layers_of
 from .patterns import checked_folder, files_in
@@ -159,7 +159,8 @@ def coco_images(
         raise DataError(f"{annotations}: {problem}" for problem in problems)
     if empty := len(listed) - len(sources):
         left_out["images are left out: they have no annotation to use"] = empty
-    notes = [f"{len(finder.by_name_alone)} images were found by name, not by path"] if finder.by_name_alone else []
+    found = number_of(len(finder.by_name_alone), "image")
+    notes = [f"{found} found by name, not by path"] if finder.by_name_alone else []
     return SourceList(sources, left_out, notes)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from .coco import Annotation, identity, reason_to_skip, with_objects
 from .coco_masks import shortened
-from .decoding import ImageReading, Pixels
+from .decoding import ImageReading, Pixels, number_of
 from .images import read_mask, read_pixels, rgb_of, turn_with_image
 from .interpretation import interpret_masks
 from .labels import LabelReading
@@ -82,7 +82,7 @@ def dataset_parts(
             raise DataError([f"{error} It has the splits {', '.join(whole)}."]) from error
         found[part] = sources_of(settings, rows, split, reading, labels, categories)
     if settings.split is None and len(found) > 1:
-        counts = ", ".join(f"{name} ({len(part.sources)} images)" for name, part in found.items())
+        counts = ", ".join(f"{name} ({number_of(len(part.sources), 'image')})" for name, part in found.items())
         found["train"].notes.append(f"the splits divide the images: {counts}")
     return found
 

@@ -176,7 +176,9 @@ def by_folder(found: SourceList, folder: Path | None) -> PartSources:
     for source, name in zip(found.sources, names, strict=True):
         parts[name].sources.append(source)
     counts = ", ".join(
-        f"{name} ({len(parts[name].sources)} images)" for name in (TRAIN, VALIDATION, TEST) if name in parts
+        f"{name} ({number_of(len(parts[name].sources), 'image')})"
+        for name in (TRAIN, VALIDATION, TEST)
+        if name in parts
     )
     train = SourceList(
         parts[TRAIN].sources, found.left_out, [*found.notes, f"the folders divide the images: {counts}"]

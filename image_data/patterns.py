@@ -71,7 +71,7 @@ def checked_folder(given: Path) -> Path:
         DataError: If it is a file, or nothing.
     """
     if given.is_file():
-        raise DataError([f"{given} is a file: expected its folder, and patterns of names if that has other files, too."])
+        raise DataError([f"{given} is a file: expected its folder; patterns of names choose files in it."])
     if not given.is_dir():
         raise DataError([f"{given}: there is no such folder."])
     return given

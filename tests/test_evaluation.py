@@ -165,9 +165,10 @@ def test_a_whole_model_beside_its_base(scenes, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_held_out_half_of_the_coins_by_default(tmp_path):
+def test_the_held_out_half_of_the_coins_by_default(tmp_path, capsys):
     metrics, table = run("--modes", "points", "automatic", "--grid", "8", "--output", tmp_path / "out")
     assert metrics["data"] == "A photograph of coins, the part held out"
+    assert f"{metrics['data']}: 10 objects in 1 image.\n" in capsys.readouterr().out
     assert metrics["objects"] == len(table) == 10, "whole coins"
     assert metrics["before"]["automatic"]["labelled"] == 10
 

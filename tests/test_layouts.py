@@ -69,7 +69,7 @@ def test_folders_divide_the_images(images, masks, patterns, names, tmp_path):
         part: [images.format(name)] for part, name in zip(("train", "validation", "test"), names, strict=True)
     }
     assert found.train.notes[-1] == (
-        "the folders divide the images: train (1 images), validation (1 images), test (1 images)"
+        "the folders divide the images: train (1 image), validation (1 image), test (1 image)"
     )
 
 
