@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from transformers import SchedulerType, TrainingArguments
+from transformers import SchedulerType, TrainingArguments, get_scheduler
 from transformers.hf_argparser import HfArg
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.deepspeed import is_deepspeed_available
@@ -39,6 +39,7 @@ class TrainingSettings(TrainingArguments):
         *("batch_eval_metrics", "eval_use_gather_object", "include_for_metrics", "label_names", "use_cache"),
         *("remove_unused_columns", "dataloader_drop_last", "group_by_length", "train_sampling_strategy"),
         *("auto_find_batch_size", "average_tokens_across_devices", "resume_from_checkpoint", "neftune_noise_alpha"),
+        "load_best_model_at_end",
     )
 
     output_dir: str = HfArg(default="build/finetune", aliases=["--output"], help="results folder")
@@ -93,6 +94,8 @@ class TrainingSettings(TrainingArguments):
         require_at_least(1, self, "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps")
         require_at_least(1, self, "eval_steps", "save_steps", "logging_steps")
         require_at_least(0, self, "patience", "dataloader_num_workers", "weight_decay", "minutes", "seed")
+        if self.seed >= 2**32:
+            raise SettingsError(f"--seed {self.seed}: expected less than 2^32.")
         if self.learning_rate is not None and not self.learning_rate > 0:
             raise SettingsError(f"--learning-rate {self.learning_rate}: expected more than 0.")
         if self.save_steps is None:
@@ -107,6 +110,7 @@ class TrainingSettings(TrainingArguments):
             raise SettingsError(f"--deepspeed {self.deepspeed}: not installed: pip install deepspeed.")
         super().__post_init__()  # initialises the process group
         self._check_processes()
+        self._check_schedule()
         if self.fp16 and self.device.type == "cpu":
             raise SettingsError("--fp16: CPUs cannot train in it; use --bf16.")
         if missing := sorted({*self.report_to} - {*get_available_reporting_integrations()}):
@@ -148,6 +152,22 @@ class TrainingSettings(TrainingArguments):
         elif not self.hub_model_id:
             raise SettingsError("--push-to-hub: expected USER/NAME, or --hub-model-id USER/NAME.")
         self.push_to_hub = None
+
+    def _check_schedule(self) -> None:
+        """Raises an error for a schedule that `Trainer` could not make; some need arguments of their own."""
+        try:
+            get_scheduler(
+                self.lr_scheduler_type,
+                torch.optim.SGD([torch.zeros(1)]),
+                self.get_warmup_steps(self.max_steps),
+                self.max_steps,
+                self.lr_scheduler_kwargs,
+            )
+        except (TypeError, ValueError, OverflowError) as error:
+            raise SettingsError(
+                f"--schedule {SchedulerType(self.lr_scheduler_type).value}, --warmup-steps {self.warmup_steps:g} and "
+                f"--lr-scheduler-kwargs {self.lr_scheduler_kwargs}: {error}."
+            ) from error
 
     def _check_processes(self) -> None:
         if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ and self.world_size == 1:
