@@ -185,14 +185,11 @@ class TiledAttention(torch.autograd.Function):
 
     @staticmethod
     def vmap(*_):
-        """Raises, as there is no batching rule, and no derivative but the first in reverse mode."""
+        """Raises, as there is no batching rule."""
         raise RuntimeError(
-            "Tiled attention has no second derivatives, no forward mode (jvp) and no batching rule for vmap "
-            '(is_grads_batched, jacobian): load the model with attn_implementation="eager", or call '
-            'model.set_attn_implementation("eager").'
+            "Tiled attention has no second derivatives and no batching rule for vmap (is_grads_batched, jacobian): "
+            'load the model with attn_implementation="eager", or call model.set_attn_implementation("eager").'
         )
-
-    jvp = vmap
 
 
 class TiledAttentionBackward(torch.autograd.Function):
@@ -206,7 +203,7 @@ class TiledAttentionBackward(torch.autograd.Function):
             return tiled_gradients(grad_output, qkv, table_h, table_w, scale, tile_bytes)
 
     setup_context = staticmethod(lambda ctx, inputs, output: None)
-    backward = jvp = vmap = TiledAttention.vmap
+    backward = vmap = TiledAttention.vmap
 
 
 def tiled_gradients(grad_output, qkv, table_h, table_w, scale, tile_bytes) -> tuple[torch.Tensor, ...]:

@@ -113,8 +113,8 @@ def hessian_vector(encoder: nn.Module, images: torch.Tensor) -> Tensors:
     return {"image": torch.func.jvp(grad, (images,), (torch.ones_like(images),))[1]}
 
 
-RIGHT, EAGER = None, 'attn_implementation="eager"'
-TRANSFORMS = {  # what sdpa does: it is right, or raises this
+RIGHT, EAGER, FORWARD_MODE = None, 'attn_implementation="eager"', "jvp function"
+TRANSFORMS = {  # what sdpa does: it is right, or raises this. Stock's has no forward mode at all
     "tiled": {
         func_grad: RIGHT,
         vjp: RIGHT,
@@ -125,9 +125,9 @@ TRANSFORMS = {  # what sdpa does: it is right, or raises this
         jacrev: EAGER,
         second_derivative: EAGER,
         second_func: EAGER,
-        jvp: EAGER,
-        dual: EAGER,
-        hessian_vector: EAGER,
+        jvp: f"{EAGER}|{FORWARD_MODE}",
+        dual: f"{EAGER}|{FORWARD_MODE}",
+        hessian_vector: f"{EAGER}|{FORWARD_MODE}",
     },
 }
 TRANSFORMS["folded"] = dict.fromkeys(TRANSFORMS["tiled"], RIGHT)
