@@ -153,6 +153,8 @@ class TiledAttention(torch.autograd.Function):
     https://arxiv.org/abs/2205.14135, appendix B.4; the bias adds sums of the scores' gradient over one axis of keys.
     """
 
+    # No `jvp` that says to use eager attention, as `vmap` does: torch.compile refuses a Function that has one.
+
     @staticmethod
     def forward(qkv, table_h, table_w, scale, tile_bytes):
         """Returns the attended values (R, S, n, H, W, d)."""
