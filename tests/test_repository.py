@@ -85,15 +85,10 @@ def checkout(tmp_path: Path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if "```python" in PAGES[page]])
-def test_python_blocks_run(page: str, checkout: Path, split_dir: Path, request: pytest.FixtureRequest) -> None:
+def test_python_blocks_run(page: str, checkout: Path, split_dir: Path) -> None:
     """In order and in one process, without warnings, and print what the page says."""
     code = blocks(page, "python").replace("<user>/sam-vit-base-split", str(split_dir))
     code = code.replace(', revision="<commit>"', "")
-    if page == "docs/converting.md":
-        onnx_files = request.getfixturevalue("onnx_files")
-        for name, export in {"onnx": "transformers", "onnx-sam": "sam", "onnx-js": "transformers-js"}.items():
-            (checkout / "build" / name).symlink_to(onnx_files[export])
-        code = code.replace("side = 1024", f"side = {onnx_files.side}").replace("256, 256", f"{onnx_files.grid}, " * 2)
     if page == "README.md":
         code = WITHOUT_OTHER_PACKAGES + code + IS_BACK_IN_STOCK
     output = run_python(f"import os\nos.chdir({str(checkout)!r})\nexec({code!r})", options=WARNINGS_ARE_ERRORS)
