@@ -150,7 +150,7 @@ def test_commands_exist(helps: dict[str, str]) -> None:
         program = Path(words[0]).name
         if program in ("python", "accelerate"):
             name, *arguments = python_command(words)
-            called = name if ".py" in name else f"python -m {name}"
+            called = Path(name).name if ".py" in name else f"python -m {name}"
             assert helps[name].startswith(f"usage: {called} "), where
             assert str(ROOT) not in helps[name], where
             for option in filter(lambda word: word.startswith("--"), arguments):
