@@ -157,8 +157,8 @@ class Settings:
         options: The options by name, as `run.yaml` has them.
 
     Raises:
-        SettingsError: If the best weights are to be selected by something that is not validated, or images are to be
-            both augmented and encoded once.
+        SettingsError: If the best weights are to be selected by something that is not validated, images are to be
+            both augmented and encoded once, or a run is to be resumed from weights alone.
     """
 
     data: DataSettings
@@ -173,6 +173,11 @@ class Settings:
             raise SettingsError(
                 f"--cache-embeddings and --augment {' '.join(self.data.augment)}: expected --augment none, as each "
                 "image is encoded once."
+            )
+        if self.output.resume and self.training.save_only_model:
+            raise SettingsError(
+                "--resume and --save-only-model: the checkpoints hold no optimizer, without which the result would be "
+                "another: start again with --force."
             )
         validated = self.prompts.prompting().validated
         metrics = ("iou", *(f"iou_{kind}" for kind in validated), AUTOMATIC, "loss", *OTHER_METRICS)

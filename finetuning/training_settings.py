@@ -39,7 +39,7 @@ class TrainingSettings(TrainingArguments):
         *("batch_eval_metrics", "eval_use_gather_object", "include_for_metrics", "label_names", "use_cache"),
         *("remove_unused_columns", "dataloader_drop_last", "group_by_length", "train_sampling_strategy"),
         *("auto_find_batch_size", "average_tokens_across_devices", "resume_from_checkpoint", "neftune_noise_alpha"),
-        "load_best_model_at_end",
+        *("load_best_model_at_end", "restore_callback_states_from_checkpoint", "ignore_data_skip"),
     )
 
     output_dir: str = HfArg(default="build/finetune", aliases=["--output"], help="results folder")

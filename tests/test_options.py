@@ -38,6 +38,8 @@ def refusal(arguments: list[str], capsys) -> str:
         (["--schedule", "cosine_with_min_lr"], "One of min_lr or min_lr_rate should be set"),
         (["--schedule", "warmup_stable_decay"], "--lr-scheduler-kwargs None: get_wsd_schedule() missing"),
         (["--load-best-model-at-end", "false"], "the recipe works with True only"),
+        (["--ignore-data-skip"], "the recipe works with False only"),
+        (["--resume", "--save-only-model"], "the checkpoints hold no optimizer"),
         (["--alpha", "0"], "--alpha 0.0: expected more than 0"),
         (["--minutes", "-1"], "--minutes -1.0: expected 0 or more"),
         (["--method", "full", "--load-in-4bit"], "trains no adapters: --load-in-4bit"),
