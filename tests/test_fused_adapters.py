@@ -1,37 +1,18 @@
 """A LoRA of q, k, v and the LoRA of the fused qkv that it is converted to are one function, and so on the way back."""
 
-import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import randomize, stock_model
-from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from adapter_files import lora, rewrite, stored, write
+from conftest import stock_model
+from peft import PeftModel
 from transformers import PreTrainedModel, SamModel, SamVisionModel
 
-from checkpoint_tools import fused_adapters
 from checkpoint_tools.adapter_conversions import adapter_to_fused, adapter_to_split
 from checkpoint_tools.checkout import split_class
 from checkpoint_tools.comparison import relative_error
 from segmentation.pretrained import load_adapted
-
-
-def lora(**settings) -> LoraConfig:
-    return LoraConfig(**{"r": 4, "lora_alpha": 12, "task_type": "FEATURE_EXTRACTION", **settings})
-
-
-def write(model: PreTrainedModel, config: LoraConfig, path: Path, trained: bool = True, dtype=None) -> PeftModel:
-    """Saves an adapter of `model` as training would leave it, and returns the model with it."""
-    adapted = get_peft_model(model, config).eval()
-    if trained:
-        randomize(torch.nn.ParameterList(p for p in adapted.parameters() if p.requires_grad), seed=5)
-    for parameter in adapted.parameters():
-        if dtype is not None and parameter.requires_grad:
-            parameter.data = parameter.data.to(dtype)
-    adapted.save_pretrained(path)
-    return adapted
 
 
 def assert_same_function(
@@ -48,10 +29,6 @@ def assert_same_function(
             effect = relative_error(one, plain)
             assert effect > 1e-5
             assert relative_error(other, one) <= max(1e-3 * effect, 1e-6)
-
-
-def stored(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
-    return json.loads((path / "adapter_config.json").read_text()), load_file(path / "adapter_model.safetensors")
 
 
 CASES = {
@@ -183,64 +160,6 @@ def test_half_precision(dtype, load, stock, stock_dir, inputs, tmp_path):
         adapter_to_fused(str(tmp_path / "uneven"), tmp_path / "out", str(stock_dir))
 
 
-@pytest.mark.parametrize(
-    ("settings", "problem"),
-    [
-        ({"use_dora": True}, "use_dora=True"),
-        ({"init_lora_weights": "pissa"}, "initialised with 'pissa'"),
-        ({"init_lora_weights": "olora"}, "initialised with 'olora'"),
-        ({"modules_to_save": ["k"]}, "contains whole projections"),
-        ({"target_modules": ["lin1"]}, "got one of no projection"),
-    ],
-    ids=str,
-)
-def test_what_has_no_exact_form_is_refused(settings, problem, load, stock_dir, tmp_path):
-    write(load(), lora(**{"target_modules": ["q", "v"], **settings}), tmp_path / "adapter")
-    with pytest.raises(ValueError, match=problem):
-        adapter_to_fused(str(tmp_path / "adapter"), tmp_path / "out", str(stock_dir))
-    assert not (tmp_path / "out").exists()
-
-
-def rewrite(
-    path: Path, config: dict | None = None, rename: tuple[str, str] = ("", ""), value=lambda tensor: tensor
-) -> None:
-    settings, weights = stored(path)
-    (path / "adapter_config.json").write_text(json.dumps({**settings, **(config or {})}))
-    fused_adapters.save_file(
-        {name.replace(*rename): value(tensor) for name, tensor in weights.items()}, path / "adapter_model.safetensors"
-    )
-
-
-@pytest.mark.parametrize(
-    ("change", "problem"),
-    [
-        ({"config": {"peft_type": "LOHA"}}, "is a LOHA adapter"),
-        ({"config": {"lora_bias": True}}, "sets lora_bias=True"),
-        ({"config": {"setting_of_the_future": 1}}, "sets setting_of_the_future=1"),
-        ({"config": {"base_model_name_or_path": None}}, "give it with --base"),
-        ({"config": {"target_modules": ["q"]}}, r"no place for .*layers\.0\.attn\.v"),
-        (
-            {"config": {"target_modules": ["q", "k", "v"]}},
-            r"lacks .*layers\.0\.attn\.k",
-        ),
-        ({"rename": ("2.attn.v", "2.attn.qkv")}, "got one of q, qkv, v"),
-        ({"rename": ("layers.2", "layers.7")}, r"lacks .*encoder\.layers\.2"),
-    ],
-    ids=str,
-)
-def test_broken_adapters_are_refused(change, problem, load, tmp_path, recwarn):
-    write(load(), lora(target_modules=["q", "v"]), tmp_path / "adapter")
-    rewrite(tmp_path / "adapter", **change)
-    with pytest.raises(ValueError, match=problem):
-        adapter_to_fused(str(tmp_path / "adapter"), tmp_path / "out")
-
-
-def test_the_wrong_direction_is_refused(load, stock_dir, tmp_path):
-    write(load(), lora(target_modules=["q", "v"]), tmp_path / "split")
-    with pytest.raises(ValueError, match="Expected an adapter of qkv, got one of q, v"):
-        adapter_to_split(str(tmp_path / "split"), tmp_path / "out", str(stock_dir))
-
-
 def of_the_encoder(model: PreTrainedModel) -> torch.nn.Module:
     return model.vision_encoder
 
@@ -337,69 +256,6 @@ def test_another_base_is_not_loaded_at_the_revision_of_the_first(load, hub, base
     assert model.peft_config["default"].target_modules == {"q", "v"}
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("[]", "adapter_config.json holds [], expected the settings of an adapter by name"),
-        ("{", "adapter_config.json is not JSON"),
-    ],
-)
-def test_a_broken_configuration(content, message, load, tmp_path, refused):
-    write(load(), lora(target_modules=["q", "v"]), tmp_path / "adapter")
-    (tmp_path / "adapter" / "adapter_config.json").write_text(content)
-    assert message in refused("adapter-to-fused adapter out --base base")
-
-
-@pytest.mark.parametrize("change", [{"lora_alpha": 0}, {"alpha_pattern": {"v": 0}}])
-def test_an_alpha_of_zero(change, load, stock_dir, tmp_path, refused):
-    write(load(), lora(target_modules=["q", "v"]), tmp_path / "adapter")
-    rewrite(tmp_path / "adapter", change)
-    assert "lora_alpha is 0, with which LoRA does nothing" in refused(
-        f"adapter-to-fused adapter out --base {stock_dir}"
-    )
-
-
-def test_another_width_is_said_in_short(load, tmp_path, refused):
-    """PEFT would list each weight."""
-    write(load(), lora(target_modules=["q", "v"], modules_to_save=["neck"]), tmp_path / "adapter")
-    stock_model(hidden_size=14, num_attention_heads=1).save_pretrained(tmp_path / "base")
-    message = refused("adapter-to-fused adapter out --base base")
-    assert re.search(r"does not fit base: vision_encoder\.\S+ has \(14,.*\) channels there, and \(28,", message), (
-        message
-    )
-    assert len(message) < 300
-    stock_model(output_channels=8).save_pretrained(tmp_path / "other")
-    assert "channels there" in (message := refused("adapter-to-fused adapter out --base other"))
-    assert len(message) < 300
-
-
-def test_weights_that_are_not_numbers(load, stock_dir, tmp_path, refused):
-    write(load(), lora(target_modules=["q", "v"]), tmp_path / "adapter")
-    rewrite(tmp_path / "adapter", value=lambda tensor: tensor * torch.nan)
-    assert "adapter holds NaN or infinity in" in refused(f"adapter-to-fused adapter out --base {stock_dir}")
-
-
-MERGED = {
-    "a rank that is a word": ({"r": "a"}, "wrong value (TypeError"),
-    "targets that are a number": ({"target_modules": 3}, "wrong value (TypeError"),
-    "patterns that are a list": ({"rank_pattern": [1]}, "wrong value (AttributeError"),
-}
-
-
-@pytest.mark.parametrize("case", MERGED)
-def test_a_malformed_adapter_is_not_merged(case, load, split_dir, tmp_path, refused):
-    change, message = MERGED[case]
-    write(load(), lora(target_modules=["q", "v"]), tmp_path / "adapter")
-    rewrite(tmp_path / "adapter", change)
-    assert message in refused(f"to-sam {split_dir} out --adapter adapter")
-
-
-def test_an_adapter_without_numbers_is_not_merged(load, split_dir, tmp_path, refused):
-    write(load(), lora(target_modules=["q", "v"]), tmp_path / "adapter")
-    rewrite(tmp_path / "adapter", value=lambda tensor: tensor * torch.nan)
-    assert "adapter holds NaN or infinity in" in refused(f"to-sam {split_dir} out --adapter adapter")
-
-
 def test_one_of_several_adapters(load, split_dir, tmp_path, convert):
     adapted = write(load(), lora(target_modules=["q", "v"]), tmp_path / "adapter")
     adapted.add_adapter("other", lora(target_modules=["k"]))
@@ -407,23 +263,3 @@ def test_one_of_several_adapters(load, split_dir, tmp_path, convert):
     for command in (f"to-sam {split_dir} sam --adapter adapter", f"adapter-to-fused adapter out --base {split_dir}"):
         assert "Left out: other, which lies in adapter as an adapter of its own" in convert(command)
     assert "Left out" not in convert(f"to-sam {split_dir} other --adapter adapter/other")
-
-
-def test_a_folder_without_its_weights_is_not_looked_for_on_the_hub(load, split_dir, tmp_path, refused):
-    adapted = write(load(), lora(target_modules=["q", "v"]), tmp_path / "adapter")
-    adapted.add_adapter("other", lora(target_modules=["k"]))
-    adapted.save_pretrained(tmp_path / "adapter")
-    (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
-    assert "adapter has no adapter_model.safetensors" in refused(f"to-sam {split_dir} out --adapter adapter")
-    (tmp_path / "adapter" / "adapter_config.json").unlink()
-    for command in (f"to-sam {split_dir} out --adapter adapter", f"adapter-to-fused adapter out --base {split_dir}"):
-        assert (
-            "adapter has no adapter_config.json, as PEFT saves it with an adapter: choose one of those in other"
-            in (refused(command))
-        )
-
-
-def test_no_such_base(load, tmp_path, refused):
-    write(load(), lora(target_modules=["q", "v"]), tmp_path / "adapter")
-    message = refused("adapter-to-fused adapter out --base ./no/such/folder")
-    assert "./no/such/folder: there is no such folder, and it is no Hub id, which is USER/NAME" in message
