@@ -25,9 +25,12 @@ with needs("finetune"):
     from segmentation.pretrained import ModelError
 
 
+INTERRUPTED = "Interrupted. The same command with --resume goes on from the last checkpoint."
+
+
 def main(arguments: list[str] | None = None) -> None:
     settings = parse_args(arguments)
-    with quiet(), one_line_errors(DataError, ModelError, SettingsError, PushError):
+    with quiet(), one_line_errors(DataError, ModelError, SettingsError, PushError, interrupted=INTERRUPTED):
         finetune(settings)
 
 

@@ -173,7 +173,7 @@ def test_a_run_killed_before_its_first_checkpoint_is_in_nobodys_way(photos, tmp_
     for option, names in zip(options, missing, strict=True):
         for name in names.split():
             (output / name).unlink()
-        with pytest.raises(SystemExit, match="Interrupted"):
+        with pytest.raises(SystemExit, match=r"Interrupted.* --resume"):
             run(output, *photos, *SMALL_RUN, *option)
         written = {"run.yaml", "settings.json", "data.json", "data.png", MARKER}
         assert {path.name for path in output.iterdir()} == written
