@@ -25,13 +25,13 @@ def load(source: str, revision: str | None = None, complete: bool = True) -> tup
     Raises:
         ValueError: If it is another model, or not there, or lacks weights.
     """
-    found = model_type(source, revision)
-    if found in (SamConfig.model_type, "sam_split"):
+    actual = model_type(source, revision)
+    if actual in (SamConfig.model_type, "sam_split"):
         model_class = split_class()
-    elif found in VISION_TYPES and not complete:
+    elif actual in VISION_TYPES and not complete:
         model_class = split_class("SamSplitVisionModel")
     else:
-        raise ValueError(f"{source}: expected a complete SAM (model_type 'sam' or 'sam_split'), got {found!r}.")
+        raise ValueError(f"{source}: expected a complete SAM (model_type 'sam' or 'sam_split'), got {actual!r}.")
     with well_formed(source):
         model = model_class.from_pretrained(source, revision=revision).eval()
     dtype = model.dtype

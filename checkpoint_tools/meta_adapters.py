@@ -120,12 +120,12 @@ def pairs(weights: dict[str, torch.Tensor], pattern: str) -> dict[tuple[str, ...
     Raises:
         ValueError: If one of a pair is missing.
     """
-    found: dict[tuple[str, ...], dict[str, torch.Tensor]] = {}
+    by_layer: dict[tuple[str, ...], dict[str, torch.Tensor]] = {}
     for name in list(weights):
         if match := re.fullmatch(pattern, name):
             key = tuple(value for group, value in match.groupdict().items() if group != "factor")
-            found.setdefault(key, {})[match["factor"]] = weights.pop(name)
-    for key, pair in found.items():
+            by_layer.setdefault(key, {})[match["factor"]] = weights.pop(name)
+    for key, pair in by_layer.items():
         if len(pair) != 2:
             raise ValueError(f"The file has one matrix of a LoRA, and lacks the other one, for {' '.join(key)}.")
         if pair["a"].ndim != 2 or pair["b"].ndim != 2 or pair["a"].shape[0] != pair["b"].shape[1]:
@@ -133,7 +133,7 @@ def pairs(weights: dict[str, torch.Tensor], pattern: str) -> dict[tuple[str, ...
                 f"The matrices of a LoRA do not fit each other, for {' '.join(key)}: {tuple(pair['a'].shape)} and "
                 f"{tuple(pair['b'].shape)}."
             )
-    return {key: factors_of(pair["a"], pair["b"]) for key, pair in found.items()}
+    return {key: factors_of(pair["a"], pair["b"]) for key, pair in by_layer.items()}
 
 
 def require_sam(weights: Mapping[str, torch.Tensor]) -> None:

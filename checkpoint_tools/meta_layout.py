@@ -154,8 +154,8 @@ def config_of(weights: dict[str, torch.Tensor], decoder_heads: int | None = None
 
     def shape(name: str) -> torch.Size:
         if name not in weights:
-            found = f"got {listing(weights)}{hint(weights)}"
-            raise ValueError(f"This is not a checkpoint of Meta's SAM: expected {name}, {found}.")
+            got = f"got {listing(weights)}{hint(weights)}"
+            raise ValueError(f"This is not a checkpoint of Meta's SAM: expected {name}, {got}.")
         return weights[name].shape
 
     def count(pattern: str) -> int:

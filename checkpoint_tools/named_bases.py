@@ -30,12 +30,12 @@ def named_base(name: str, model: PreTrainedModel, model_types: tuple[str, ...] =
     if Path(name).exists():
         raise ValueError(f"--base-model {name} is on this machine: expected the Hub id of a model, USER/NAME.")
     folder = fetch(name)
-    found = model_type(str(folder))
-    if found not in model_types:
+    kind = model_type(str(folder))
+    if kind not in model_types:
         advice = "upload.py makes it" if model_types == SPLIT else "convert.py to-sam makes it"
         raise ValueError(
             f"--base-model {name}: expected a model that the adapter fits (model_type {model_types[0]!r}; {advice}), "
-            f"got {found!r}."
+            f"got {kind!r}."
         )
     other, _ = load_checked(str(folder), complete=False)
     expected, actual = (dict(split_weights(each.state_dict())) for each in (model, other))

@@ -244,8 +244,8 @@ def compare_files(
             if not filecmp.cmp(actual / name, expected[name], shallow=False)
         },
     }
-    if found := [f"{problem} {', '.join(sorted(names))}" for problem, names in problems.items() if names]:
-        raise PushError(f"unlike what was staged, it {'; it '.join(found)}. Nothing was loaded.")
+    if differences := [f"{problem} {', '.join(sorted(names))}" for problem, names in problems.items() if names]:
+        raise PushError(f"unlike what was staged, it {'; it '.join(differences)}. Nothing was loaded.")
 
 
 def explain(error: Exception, repo_id: str) -> str:

@@ -210,8 +210,8 @@ def boxes_of(labels: np.ndarray, ids: np.ndarray) -> np.ndarray:
     for layer in labels if labels.ndim == 3 else [labels]:
         windows = ndimage.find_objects(layer)  # of all objects at once, as images may be large
         boxes.update({number: window for number, window in enumerate(windows, start=1) if window})
-    found = [boxes[int(number)] for number in ids]
-    return np.array([[columns.start, rows.start, columns.stop - 1, rows.stop - 1] for rows, columns in found])
+    windows = [boxes[int(number)] for number in ids]
+    return np.array([[columns.start, rows.start, columns.stop - 1, rows.stop - 1] for rows, columns in windows])
 
 
 def draw_points(

@@ -116,10 +116,10 @@ def segment_files(request: SegmentationRequest) -> None:
 
 def find_everything(segmenter: ImageSegmenter, path: Path, request: SegmentationRequest) -> list[Segment]:
     """Returns all objects of an image, the smallest last, and says why if there are none."""
-    found = stock_segments(segmenter) if request.stock else segmenter.everything()
-    if not found.segments:
-        print(f"{path}: {nothing_found(found, segmenter.settings)}")
-    return by_area(found.segments)
+    result = stock_segments(segmenter) if request.stock else segmenter.everything()
+    if not result.segments:
+        print(f"{path}: {nothing_found(result, segmenter.settings)}")
+    return by_area(result.segments)
 
 
 def load(
@@ -188,16 +188,16 @@ def mask_file(masks: Path, image: Path) -> Path:
     raise ValueError(f"{image}: no label image {image.stem} in {masks} ({', '.join(MASK_SUFFIXES)}).")
 
 
-def nothing_found(found: AutomaticSegments, settings: SegmentationSettings) -> str:
+def nothing_found(result: AutomaticSegments, settings: SegmentationSettings) -> str:
     """Says why nothing was found, and what to do."""
-    if found.best_rating < settings.min_iou:
-        reason = f"no mask is rated --min-iou {settings.min_iou:g} or more; the best is {found.best_rating:.2f}"
-    elif found.best_stability >= settings.min_stability:
+    if result.best_rating < settings.min_iou:
+        reason = f"no mask is rated --min-iou {settings.min_iou:g} or more; the best is {result.best_rating:.2f}"
+    elif result.best_stability >= settings.min_stability:
         return "0 objects: all masks are smaller than a pixel. A larger --grid, or a larger image, may find some."
     else:
         reason = (
             f"no mask that is rated enough is as stable as --min-stability {settings.min_stability:g}; the best is "
-            f"{found.best_stability:.2f}"
+            f"{result.best_stability:.2f}"
         )
     return f"0 objects: {reason}. Give lower thresholds, or an adapter that brings its own."
 
