@@ -74,7 +74,7 @@ def test_names_every_unpaired_file(tmp_path):
         "images/twice": "same name",
     }.items():
         assert any(name in line and problem in line for line in lines), name
-    with pytest.raises(DataError, match="not a folder"):
+    with pytest.raises(DataError, match="nowhere: there is no such folder"):
         paired_files(tmp_path / "nowhere", tmp_path / "masks")
 
 
