@@ -1,7 +1,8 @@
-"""Segments one object with the files that `convert.py to-onnx` writes, in onnxruntime.
+r"""Segments one object with the files that `convert.py to-onnx` writes, in onnxruntime.
 
 python convert.py to-onnx checkpoints/sam-tiny build/onnx-sam --interface sam
-python examples/run_onnx.py build/onnx-sam docs/images/coins.png build/mask.png --interface sam --point 46 260
+python examples/run_onnx.py build/onnx-sam docs/images/coins.png build/mask.png --interface sam --side 128 \
+    --point 46 260
 
 Copy `segment` and the function of your `--interface`. Logits above 0 are the object.
 """

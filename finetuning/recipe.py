@@ -92,7 +92,7 @@ def train(trainer: PromptTrainer, checkpoint: str | None) -> dict[str, Any]:
     """Trains, loads the best weights, and returns what was measured.
 
     Raises:
-        SettingsError: If training diverged before it was validated once.
+        SettingsError: If training diverged before any validation loss was a number.
 
     Do not call `trainer.evaluate()` before `train()`: accelerate would skip wrapping the model in DDP, and ranks would
     diverge.
