@@ -4,7 +4,6 @@ python -m benchmarks.bench --rounds 3
 """
 
 import argparse
-import itertools
 import json
 import os
 import platform
@@ -21,6 +20,7 @@ from tqdm import tqdm
 
 from checkpoint_tools.checkout import ROOT
 
+from .gpu import paths
 from .measure import SIZES
 
 
@@ -37,18 +37,22 @@ TITLES = {
     "lora-checkpointing": "LoRA step, gradient checkpointing",
 }
 GROWTH_SIDES = (512, 768, 1024, 1536, 2048)
-PARTS = ("table", "growth", "sizes")  # on a CPU; --device cuda prints one table of all paths instead
-PATHS = ("stock-eager", PEER, "tiled", "folded")
+PARTS = ("table", "growth", "sizes")  # on a CPU; with --device cuda, benchmarks/gpu.py measures all paths instead
 
 
 def main() -> None:
     args = parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
+    if args.device == "cuda":
+        title = ", ".join(f"{key} {value}" for key, value in machine(args.device).items())
+        models = [args.model] if args.model else list(SIZES)
+        report = f"{title}\n\n{paths(models, args.output / 'gpu.jsonl')}"
+        print(report)
+        (args.output / "gpu.md").write_text(report + "\n")
+        return
+    args.model = args.model or "base"
     file = args.output / "results.json"
     results: dict = json.loads(file.read_text()) if file.exists() else {}
-    if args.device == "cuda":
-        print(paths(args))
-        return
     if results.get("machine") != machine(args.device):  # parts of one report come from one machine
         results = {"machine": machine(args.device)}
     for part in args.parts:
@@ -68,7 +72,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure; other parts keep their last results"
     )
-    parser.add_argument("--model", choices=SIZES, default="base")
+    parser.add_argument("--model", choices=SIZES, help="(base; with --device cuda, all of them)")
     parser.add_argument("--side", type=int, default=1024, help="image side in pixels (%(default)s)")
     parser.add_argument("--batch", type=int, default=1, help="images per step (%(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="rounds to report the medians of (%(default)s)")
@@ -134,18 +138,6 @@ def table(args: argparse.Namespace) -> dict[str, Any]:
         "rounds": args.rounds,
         "tasks": tasks,
     }
-
-
-def paths(args: argparse.Namespace) -> str:
-    """Returns a table of all attention paths, models, dtypes and batch sizes on this GPU."""
-    title = ", ".join(f"{key} {value}" for key, value in machine(args.device).items())
-    rows = [title, "", "| | " + " | ".join(PATHS) + " |", "|---" * (len(PATHS) + 1) + "|"]
-    cases = itertools.product(SIZES, ("encoder", "lora"), ("float32", "bfloat16"), (1, 8))
-    for model, task, dtype, batch in tqdm([*cases], desc="paths"):
-        results = [measure(path, task, args, model=model, dtype=dtype, batch=batch, repeats=5) for path in PATHS]
-        cells = [f"{r['seconds']:.3f} s, {r['gigabytes']:.2f} GB" if r else "out of memory" for r in results]
-        rows.append(f"| ViT-{model[0].upper()}, {TITLES[task]}, {dtype}, batch {batch} | {' | '.join(cells)} |")
-    return "\n".join(rows)
 
 
 def growth(args: argparse.Namespace) -> dict[str, dict[str, dict[str, float]]]:

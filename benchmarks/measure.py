@@ -44,22 +44,25 @@ def main() -> None:
         with products:
             step()
         step = products.replay(args.device)
+    print(json.dumps(measure(step, args.device, args.repeats) or {"error": "out of memory"}))
 
-    memory = PeakMemory(args.device)
+
+def measure(step: Callable[[], None], device: str, repeats: int) -> dict[str, float]:
+    """Returns the seconds of the fastest repetition, and the gigabytes of the peak; nothing if memory is too small."""
+    memory = PeakMemory(device)
     seconds = []
     try:
-        for _ in range(1 + args.repeats):  # the first is the warm-up, which counts for memory only
+        for _ in range(1 + repeats):  # the first is the warm-up, which counts for memory only
             start = time.perf_counter()
             step()
-            if args.device == "cuda":
+            if device == "cuda":
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - start)
     except (RuntimeError, torch.OutOfMemoryError) as error:
         if "alloc" not in str(error) and "memory" not in str(error):
             raise
-        print(json.dumps({"error": "out of memory"}))
-        return
-    print(json.dumps({"seconds": min(seconds[1:] or seconds), "gigabytes": memory.peak() / 1e9}))
+        return {}
+    return {"seconds": min(seconds[1:] or seconds), "gigabytes": memory.peak() / 1e9}
 
 
 def parse_args() -> argparse.Namespace:
@@ -79,36 +82,58 @@ def parse_args() -> argparse.Namespace:
 
 def build_step(args: argparse.Namespace) -> tuple[Callable[[], None], Any]:
     """Returns the step to measure and its model: the encoder without gradients, or forward and backward with LoRA."""
+    model = build_model(args)
+    if args.task == "encoder":
+        return encoder_step(model, args), model
+    if args.task == "lora-checkpointing":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return lora_step(adapt(model), args), model
+
+
+def build_model(args: argparse.Namespace) -> Any:
+    """Returns a model of random weights."""
     parts = {"image_size": args.side, "patch_size": 16}
     config = SamConfig(
         vision_config=SIZES[args.model] | parts,
         prompt_encoder_config=parts,
         attn_implementation="eager" if args.implementation == "stock-eager" else "sdpa",
     )
-    stock = args.implementation.startswith("stock")
-    model_class = SamModel if stock else split_class()
-    dtype = getattr(torch, args.dtype)
+    model_class = SamModel if args.implementation.startswith("stock") else split_class()
     with torch.device(args.device):
-        model: Any = randomize(model_class(config)).eval().to(dtype)
-        pixel_values = torch.randn(args.batch, 3, args.side, args.side, dtype=dtype)
-        input_points = torch.full((args.batch, 1, 1, 2), args.side / 2, dtype=dtype)
+        model = randomize(model_class(config)).eval().to(getattr(torch, args.dtype))
     if args.implementation in ("folded", "tiled"):
         take_path(model, args.implementation)
+    return model
 
-    if args.task == "encoder":
-        return lambda: model.get_image_embeddings(pixel_values), model
 
-    targets = ["qkv"] if stock else ["q", "v"]
+def adapt(model: Any) -> Any:
+    """Returns a `PeftModel` with LoRA on queries and values; on all three where they are fused."""
+    targets = ["qkv"] if type(model) is SamModel else ["q", "v"]
     lora = LoraConfig(r=16, lora_alpha=32, target_modules=targets, lora_dropout=0.1, task_type="FEATURE_EXTRACTION")
-    if args.task == "lora-checkpointing":
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    adapted = get_peft_model(model, lora).train()
+    return get_peft_model(model, lora).train()
+
+
+def encoder_step(model: Any, args: argparse.Namespace) -> Callable[[], None]:
+    """Returns the encoder without gradients, on a batch of random images."""
+    pixel_values = random_images(args)
+    return lambda: model.get_image_embeddings(pixel_values)
+
+
+def lora_step(model: Any, args: argparse.Namespace) -> Callable[[], None]:
+    """Returns forward and backward of the whole model, on a batch of random images with a point each."""
+    pixel_values = random_images(args)
+    input_points = pixel_values.new_full((args.batch, 1, 1, 2), args.side / 2)
 
     def step() -> None:
-        adapted(pixel_values=pixel_values, input_points=input_points).pred_masks.square().mean().backward()
-        adapted.zero_grad()
+        model(pixel_values=pixel_values, input_points=input_points).pred_masks.square().mean().backward()
+        model.zero_grad()
 
-    return step, model
+    return step
+
+
+def random_images(args: argparse.Namespace) -> torch.Tensor:
+    """Returns pixel values (batch, 3, side, side) as a processor would give them."""
+    return torch.randn(args.batch, 3, args.side, args.side, device=args.device).to(getattr(torch, args.dtype))
 
 
 def take_path(model: Any, path: str) -> None:

@@ -20,7 +20,7 @@ from types import ModuleType
 # Before importing transformers: use temporary caches, stay offline.
 _home = tempfile.TemporaryDirectory(prefix="sam-split-tests-")
 os.environ.update(HF_HOME=_home.name, HF_MODULES_CACHE=f"{_home.name}/modules", HF_HUB_OFFLINE="1")
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests put inputs on the CPU
+os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("TEST_CUDA_DEVICES", "")  # most tests put inputs on the CPU
 os.environ["OMP_NUM_THREADS"] = "1"  # threads only slow such tiny models down
 
 import numpy as np  # noqa: E402
