@@ -15,7 +15,7 @@ from checkpoint_tools.packages import needs
 
 with needs("finetune"):
     from checkpoint_tools.errors import one_line_errors
-    from checkpoint_tools.pushing import PushError
+    from checkpoint_tools.push_to_hub import PushError
     from checkpoint_tools.quiet import quiet
     from finetuning.options import parse
     from finetuning.recipe import finetune

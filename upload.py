@@ -15,12 +15,12 @@ from checkpoint_tools.packages import needs
 with needs("tools"):
     from transformers.utils import logging
 
-    from checkpoint_tools.base_cards import is_hub_id
     from checkpoint_tools.errors import one_line_errors
+    from checkpoint_tools.fetching import is_hub_id
     from checkpoint_tools.licences import OTHER, UNKNOWN, Licence
-    from checkpoint_tools.pushing import Destination
+    from checkpoint_tools.model_repo import upload
+    from checkpoint_tools.push_to_hub import Destination
     from checkpoint_tools.quiet import quiet
-    from checkpoint_tools.uploading import upload
 
 
 DEFAULT_BASE = "facebook/sam-vit-base"

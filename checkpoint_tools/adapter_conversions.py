@@ -8,6 +8,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, SamConfig, SamModel
 
 from . import fused_adapters, meta_layout, micro_sam, samed, trainer_checkpoints
+from .base_model import SPLIT, STOCK, named_base
 from .comparison import example_outputs
 from .conversions import (
     accepted,
@@ -20,7 +21,6 @@ from .conversions import (
 )
 from .loading import as_split, model_type, processor_for
 from .meta_adapters import MetaAdapter
-from .named_bases import SPLIT, STOCK, named_base
 from .outputs import staged
 
 

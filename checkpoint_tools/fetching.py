@@ -70,3 +70,17 @@ def require_name(checkpoint: str) -> None:
         validate_repo_id(checkpoint)
     except HFValidationError as error:
         raise ValueError(f"{checkpoint}: there is no such folder, and it is no Hub id, which is USER/NAME.") from error
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether this may be the Hub id of a model: USER/NAME."""
+    return is_id(name) and name.count("/") == 1
+
+
+def is_id(name: str) -> bool:
+    """Whether this may be the name of something on the Hub, also of an old data set without a user."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True

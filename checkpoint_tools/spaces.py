@@ -16,14 +16,14 @@ from huggingface_hub.errors import EntryNotFoundError, HTTPError
 from huggingface_hub.repocard_data import CardData
 from jinja2 import Template
 
-from .base_cards import BaseCard, is_hub_id, read_card
+from .card_parsing import ParsedCard, read_card
 from .checkout import ROOT
+from .fetching import is_hub_id
 from .licences import UNKNOWN, Licence, stated_licence
 from .outputs import staged
 from .plain_settings import read_json
-from .pushing import Destination, check_destination, explain, print_files, push
+from .push_to_hub import Destination, check_destination, explain, print_files, push, read_token
 from .space_verification import verify_space
-from .uploading import read_token
 
 
 TEMPLATE = Path(__file__).with_name("space_card_template.md")
@@ -164,18 +164,18 @@ def download(name: str, commit: str | None, file: str, token: str | None) -> Pat
         raise ValueError(f"{name}: {file} cannot be downloaded: {error}") from error
 
 
-def card_of(model: PinnedModel, token: str | None) -> tuple[BaseCard, Licence]:
+def card_of(model: PinnedModel, token: str | None) -> tuple[ParsedCard, Licence]:
     """Returns the card of the model, and the licence that it states."""
     name, commit = model.described
     try:
         path = Path(hf_hub_download(name, "README.md", revision=commit, token=token))
     except EntryNotFoundError:
-        return BaseCard(), Licence()
+        return ParsedCard(), Licence()
     card = read_card(path)
     return card, stated_licence(card.metadata, path.parent, f"https://huggingface.co/{name}/blob/{commit}")
 
 
-def stage_space(folder: Path, repo_id: str, model: PinnedModel, card: BaseCard, licence: Licence) -> None:
+def stage_space(folder: Path, repo_id: str, model: PinnedModel, card: ParsedCard, licence: Licence) -> None:
     """Writes the page, the code that it imports, requirements and README into `folder`."""
     files, imported = code_of_page()
     for path in (*files, *map(Path, ("LICENSE", str(EXAMPLE)))):
@@ -222,7 +222,7 @@ def requirements(imported: set[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def readme(model: PinnedModel, card: BaseCard, licence: Licence) -> str:
+def readme(model: PinnedModel, card: ParsedCard, licence: Licence) -> str:
     """Returns the README of the Space: its metadata, and what its page says of the model."""
     name, commit = model.described
     title = f"Segment Anything: {name.rpartition('/')[2]}"
@@ -256,7 +256,7 @@ def readme(model: PinnedModel, card: BaseCard, licence: Licence) -> str:
     )
 
 
-def results_of(card: BaseCard) -> str:
+def results_of(card: ParsedCard) -> str:
     """Returns the results that a card states: those of its metadata, or else the tables of its text with a metric."""
     if card.results:
         rows = [

@@ -11,12 +11,11 @@ import torch
 from peft import PeftModel
 from transformers import TrainerState, set_seed
 
-from checkpoint_tools.bases import Base, described
+from checkpoint_tools.base_model import Base, described, named_base
 from checkpoint_tools.conversions import load_checked
 from checkpoint_tools.fetching import fetch
 from checkpoint_tools.licences import Licence
-from checkpoint_tools.named_bases import named_base
-from checkpoint_tools.pushing import check_destination
+from checkpoint_tools.push_to_hub import check_destination
 from image_data.layouts import read_data
 from image_data.samples import Sample
 from image_data.setting_checks import SettingsError

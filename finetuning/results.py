@@ -9,20 +9,21 @@ import numpy as np
 from huggingface_hub import HfApi, get_token
 from transformers import PreTrainedModel, SamModel, SamProcessor
 
-from checkpoint_tools.bases import Base
+from checkpoint_tools.base_model import Base
 from checkpoint_tools.checkout import ROOT
 from checkpoint_tools.comparison import relative_error
 from checkpoint_tools.licences import CODE_LICENCE
+from checkpoint_tools.model_repo import FILES
 from checkpoint_tools.outputs import json_text, staged
 from checkpoint_tools.plain_settings import keep_known_settings
-from checkpoint_tools.pushing import FILES, Destination, check_destination
-from checkpoint_tools.pushing import push as push_files
+from checkpoint_tools.push_to_hub import Destination, check_destination
+from checkpoint_tools.push_to_hub import push as push_files
 from evaluation.thresholds import labelled_images, sweep_thresholds
 from image_data.samples import TrainValidationParts
 from segmentation.predictor import Predictor
 from segmentation.pretrained import load_base
 
-from .cards import Kind, card, is_stock, worse_than_base
+from .finetuned_model_card import Kind, card, is_stock, worse_than_base
 from .model import trained
 from .plots import plot_curves, plot_masks
 from .reporting import items_to_show, picture_row, predict

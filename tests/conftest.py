@@ -37,13 +37,13 @@ from transformers import AutoModel, PreTrainedModel, SamConfig, SamModel, SamPro
 from transformers.utils.logging import disable_progress_bar, get_verbosity, set_verbosity  # noqa: E402
 
 import upload  # noqa: E402
-from checkpoint_tools import uploading  # noqa: E402
-from checkpoint_tools.bases import read_base  # noqa: E402
-from checkpoint_tools.cards import card_facts, model_card  # noqa: E402
+from checkpoint_tools import model_repo  # noqa: E402
+from checkpoint_tools.base_model import read_base  # noqa: E402
 from checkpoint_tools.checkout import ROOT, split_class  # noqa: E402
 from checkpoint_tools.comparison import relative_error  # noqa: E402
 from checkpoint_tools.licences import Licence  # noqa: E402
 from checkpoint_tools.loading import processor_for  # noqa: E402
+from checkpoint_tools.model_repo_card import card_facts, model_card  # noqa: E402
 
 
 disable_progress_bar()
@@ -141,7 +141,7 @@ def verified(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
         calls.append(args)
         return FIGURES
 
-    monkeypatch.setattr(uploading, "run_verify", run_verify)
+    monkeypatch.setattr(model_repo, "run_verify", run_verify)
     return calls
 
 
@@ -229,7 +229,7 @@ def staged_dir(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     """What `upload.py` stages of a base. Tests change copies of it."""
     path = tmp_path_factory.mktemp("staged") / "sam"
     path.mkdir()
-    uploading.stage(base_dir, path, "5GB")
+    model_repo.stage(base_dir, path, "5GB")
     card = card_facts("user/sam", read_base(str(base_dir), licence=Licence("mit")), FIGURES)
     (path / "README.md").write_text(model_card(card))
     return path

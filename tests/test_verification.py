@@ -12,8 +12,8 @@ from conftest import CODE_FILES, Malicious, configure, rewrite, stock_model
 from safetensors.torch import load_file
 
 from checkpoint_tools.checkout import ROOT, split_class
-from checkpoint_tools.pushing import is_ours
-from checkpoint_tools.uploading import check_staged, stage
+from checkpoint_tools.model_repo import FILES, check_staged, stage
+from checkpoint_tools.push_to_hub import is_ours
 from checkpoint_tools.verification import Weights, compare_weights, verify
 
 
@@ -76,7 +76,7 @@ def test_staged_from(make, base_dir: Path, tmp_path: Path) -> None:
 def test_sharded_output(base_dir: Path, tmp_path: Path) -> None:
     stage(base_dir, tmp_path, "20KB")
     assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 2
-    assert all(is_ours(path.name) for path in tmp_path.iterdir())
+    assert all(is_ours(path.name, FILES) for path in tmp_path.iterdir())
     compare_weights(tmp_path, base_dir)
 
 

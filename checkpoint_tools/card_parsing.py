@@ -1,4 +1,4 @@
-"""What a checkpoint's own model card says: read as data, and only as far as it is what the Hub expects."""
+"""Reads the model card that comes with a checkpoint, as data, and only as far as it is what the Hub expects."""
 
 import math
 import re
@@ -9,10 +9,9 @@ from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult
-from huggingface_hub.errors import HFValidationError
 from huggingface_hub.repocard_data import model_index_to_eval_results
-from huggingface_hub.utils import validate_repo_id
 
+from .fetching import is_id
 from .messages import one_line
 
 
@@ -22,7 +21,7 @@ RELATIONS = ("finetune", "merge", "quantized")  # of a whole model to its base
 
 
 @dataclass(frozen=True)
-class BaseCard:
+class ParsedCard:
     """A checkpoint's own card.
 
     Args:
@@ -38,23 +37,23 @@ class BaseCard:
     problems: tuple[str, ...] = ()
 
 
-def read_card(path: Path | None) -> BaseCard:
+def read_card(path: Path | None) -> ParsedCard:
     """Returns what the card in the file `path` says; nothing if there is none."""
     if path is None or not path.is_file():
-        return BaseCard()
+        return ParsedCard()
     content = path.read_text(encoding="utf-8", errors="replace")
     if len(content) > MAX_CHARACTERS:
-        return BaseCard(problems=(f"it has {len(content):,} characters",))
+        return ParsedCard(problems=(f"it has {len(content):,} characters",))
     match = METADATA_BLOCK.match(content)
     if match is None:
-        return BaseCard(text=content.strip())
+        return ParsedCard(text=content.strip())
     text = content[match.end() :].strip()
     try:
         data = yaml.load(match[1], Loader=PlainLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        return BaseCard(text=text, problems=(f"its metadata cannot be read: {one_line(error):.120}",))
+        return ParsedCard(text=text, problems=(f"its metadata cannot be read: {one_line(error):.120}",))
     if not isinstance(data, dict):
-        return BaseCard(text=text, problems=("its metadata are no fields with values",))
+        return ParsedCard(text=text, problems=("its metadata are no fields with values",))
     metadata = {name: data[name] for name, is_valid in FIELDS.items() if name in data and is_valid(data[name])}
     malformed = [name for name in FIELDS if data.get(name) and name not in metadata]
     try:
@@ -63,7 +62,7 @@ def read_card(path: Path | None) -> BaseCard:
         results = ()
         malformed.append("model-index")
     problems = tuple(f"its {name} is not what the Hub expects" for name in malformed)
-    return BaseCard(metadata, results, text, problems)
+    return ParsedCard(metadata, results, text, problems)
 
 
 class PlainLoader(yaml.SafeLoader):
@@ -94,27 +93,6 @@ def plain_results(model_index: Any) -> tuple[EvalResult, ...]:
         if not isinstance(result.metric_value, int | float) or not math.isfinite(result.metric_value):
             raise ValueError(f"expected a number, got {result.metric_value!r:.80}")
     return tuple(results)
-
-
-def hub_ids(base_model: str | list[str] | None) -> str | list[str] | None:
-    """Returns `base_model` without what is not a Hub id, such as a path on the disk of its author."""
-    if isinstance(base_model, list):
-        return [name for name in base_model if is_hub_id(name)] or None
-    return base_model if base_model and is_hub_id(base_model) else None
-
-
-def is_hub_id(name: str) -> bool:
-    """Whether this may be the Hub id of a model: USER/NAME."""
-    return is_id(name) and name.count("/") == 1
-
-
-def is_id(name: str) -> bool:
-    """Whether this may be the name of something on the Hub, also of an old data set without a user."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
 
 
 def _is_text(value: Any) -> bool:

@@ -2,6 +2,7 @@
 
 import filecmp
 import fnmatch
+import re
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
     HfApi,
+    get_token,
     snapshot_download,
 )
 from huggingface_hub.errors import (
@@ -26,20 +28,7 @@ from .messages import one_line
 from .outputs import MARKER
 
 
-# All files of a model repo. A push replaces or deletes files of an earlier push that match.
-FILES = (
-    "README.md",
-    "LICENSE*",
-    "config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "segmentation.json",
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "model-*-of-*.safetensors",
-    "*_sam_split.py",
-)
-# What may lie beside them in a repo: nothing that transformers, PEFT or another library would load or run.
+# What may lie in a repo beside what is pushed: nothing that transformers, PEFT or another library would load or run.
 HARMLESS = ("*.md", "*.txt", "*.png", "*.jpg", "*.jpeg", "*.gif", "*.webp", "*.svg", "*.pdf", ".gitignore")
 WRITTEN_BY_THE_HUB = ".gitattributes"
 
@@ -98,7 +87,7 @@ def push(
     destination: Destination,
     folder: Path,
     head: str | None,
-    patterns: Sequence[str] = FILES,
+    patterns: Sequence[str],
     verify: Callable[[str, Path], object] = lambda commit, cache: None,
 ) -> CommitInfo:
     """Pushes `folder` in one commit on top of `head`, compares it with what the Hub gives back, and verifies that.
@@ -134,6 +123,18 @@ def push(
     return commit
 
 
+def read_token(path: Path | None) -> str | None:
+    """Returns the token in the file `path`, otherwise the token of `hf auth login` or HF_TOKEN, if any.
+
+    Raises:
+        ValueError: If the file or HF_TOKEN does not contain exactly one word.
+    """
+    token = path.read_text(encoding="utf-8").strip() if path else get_token()
+    if token is not None and not re.fullmatch(r"[!-~]+", token):  # HTTP errors would show a malformed one
+        raise ValueError(f"{path or 'HF_TOKEN'} does not contain a token: expected one word")
+    return token
+
+
 def create(api: HfApi, destination: Destination) -> str:
     """Makes the repo and the branch where there is none, and returns the commit to build on."""
     repo_id, repo_type = destination.repo_id, destination.repo_type
@@ -164,7 +165,7 @@ def print_files(folder: Path, title: str) -> None:
         print(f"{path.stat().st_size:>14,}  {file}")
 
 
-def is_ours(name: str, patterns: Sequence[str] = FILES) -> bool:
+def is_ours(name: str, patterns: Sequence[str]) -> bool:
     """Whether a repo of ours may hold a file of this name."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 

@@ -1,12 +1,23 @@
-"""The checkpoint that a model repo is made of, with its card and its licence."""
+"""The base of a model repo or an adapter: the checkpoint with its card and its licence, or an equal one on the Hub."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from .base_cards import BaseCard, hub_ids, read_card
-from .fetching import fetch
+import torch
+from transformers import PreTrainedModel
+
+from .card_parsing import ParsedCard, read_card
+from .comparison import OutputsDifferError, compare, example_outputs
+from .conversions import TOLERANCE, load_checked
+from .fetching import fetch, is_hub_id
 from .licences import Licence, combined, stated_licence
+from .loading import model_type
+from .messages import listing
 from .plain_settings import read_json
+from .verification import split_weights
+
+
+SPLIT, STOCK = ("sam_split", "sam_split_vision_model"), ("sam", "sam_vision_model")  # model types
 
 
 @dataclass(frozen=True)
@@ -23,7 +34,7 @@ class Base:
 
     name: str
     folder: Path
-    card: BaseCard
+    card: ParsedCard
     licence: Licence
     made_from: list[str] | None = None
 
@@ -96,3 +107,47 @@ def described(name: str, folder: Path, licence: Licence | None = None, made_from
     url = None if is_folder else f"https://huggingface.co/{name}/blob/{folder.name}"
     stated = stated_licence(card.metadata, folder, url)
     return Base(name, folder, card, combined(stated, licence or Licence(), folder), made_from)
+
+
+def hub_ids(base_model: str | list[str] | None) -> str | list[str] | None:
+    """Returns `base_model` without what is not a Hub id, such as a path on the disk of its author."""
+    if isinstance(base_model, list):
+        return [name for name in base_model if is_hub_id(name)] or None
+    return base_model if base_model and is_hub_id(base_model) else None
+
+
+def named_base(name: str, model: PreTrainedModel, model_types: tuple[str, ...] = SPLIT) -> str:
+    """Returns the commit of the model `name` on the Hub, once that has been found to be `model`.
+
+    Args:
+        name: A Hub id, as given with `--base-model`.
+        model: The split model that an adapter was trained on, without the adapter.
+        model_types: Of which the adapter needs its base to be.
+
+    Raises:
+        ValueError: If it is of another kind, or has other weights or outputs.
+    """
+    if Path(name).exists():
+        raise ValueError(f"--base-model {name} is on this machine: expected the Hub id of a model, USER/NAME.")
+    folder = fetch(name)
+    kind = model_type(str(folder))
+    if kind not in model_types:
+        advice = "upload.py makes it" if model_types == SPLIT else "convert.py to-sam makes it"
+        raise ValueError(
+            f"--base-model {name}: expected a model that the adapter fits (model_type {model_types[0]!r}; {advice}), "
+            f"got {kind!r}."
+        )
+    other, _ = load_checked(str(folder), complete=False)
+    expected, actual = (dict(split_weights(each.state_dict())) for each in (model, other))
+    differing = [
+        key
+        for key in expected.keys() | actual.keys()
+        if key not in actual or key not in expected or not torch.equal(actual[key], expected[key])
+    ]
+    if differing:
+        raise ValueError(f"--base-model {name} is another model: its weights differ in {listing(differing)}.")
+    try:
+        compare(example_outputs(other), example_outputs(model), TOLERANCE)
+    except OutputsDifferError as error:
+        raise ValueError(f"--base-model {name} has other settings: {error}") from error
+    return folder.name

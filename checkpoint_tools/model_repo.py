@@ -1,8 +1,7 @@
-"""Stages a model repo with split weights and code, verifies it, and pushes it to the Hub."""
+"""The model repo of `upload.py`: split weights and code, staged in a folder, verified, and pushed to the Hub."""
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -10,19 +9,32 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, HfApi, get_token
+from huggingface_hub import CommitInfo, HfApi
 
-from .bases import Base, read_base
-from .cards import card_facts, model_card
+from .base_model import Base, read_base
 from .checkout import ROOT, split_class
 from .errors import well_formed
 from .licences import CODE_LICENCE, Licence
+from .model_repo_card import card_facts, model_card
 from .outputs import staged
 from .plain_settings import copy_plain, keep_known_settings, read_json, read_processor
-from .pushing import FILES, Destination, check_destination, is_ours, print_files, push
+from .push_to_hub import Destination, check_destination, is_ours, print_files, push, read_token
 from .verification import check_card
 
 
+# All files of a model repo. A push replaces or deletes files of an earlier push that match.
+FILES = (
+    "README.md",
+    "LICENSE*",
+    "config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "segmentation.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "model-*-of-*.safetensors",
+    "*_sam_split.py",
+)
 SEGMENTATION = "segmentation.json"  # how a fine-tuned model is to be used
 
 
@@ -77,6 +89,7 @@ def upload(
                 destination,
                 output,
                 head,
+                FILES,
                 verify=lambda commit, cache: run_verify(destination.repo_id, base.folder, commit, cache),
             )
             print(pushed_message(commit, repo_id))
@@ -119,18 +132,6 @@ def pushed_message(commit: CommitInfo, repo_id: str) -> str:
     )
 
 
-def read_token(path: Path | None) -> str | None:
-    """Returns the token in the file `path`, otherwise the token of `hf auth login` or HF_TOKEN, if any.
-
-    Raises:
-        ValueError: If the file or HF_TOKEN does not contain exactly one word.
-    """
-    token = path.read_text(encoding="utf-8").strip() if path else get_token()
-    if token is not None and not re.fullmatch(r"[!-~]+", token):  # HTTP errors would show a malformed one
-        raise ValueError(f"{path or 'HF_TOKEN'} does not contain a token: expected one word")
-    return token
-
-
 def stage(base: Path, folder: Path, max_shard_size: str, licence_files: tuple[str, ...] = ()) -> None:
     """Writes split weights, configuration, processor, code and licences into `folder`.
 
@@ -162,7 +163,7 @@ def check_staged(folder: Path, licence_files: tuple[str, ...] = ()) -> None:
     """
     check_card(folder)
     for path in sorted(folder.iterdir()):
-        if not is_ours(path.name) and path.name not in licence_files:
+        if not is_ours(path.name, FILES) and path.name not in licence_files:
             raise ValueError(f"Unexpected file {path.name} in the staged folder. Allowed: {', '.join(FILES)}.")
         if path.suffix == ".py" and path.read_bytes() != (ROOT / path.name).read_bytes():
             raise ValueError(f"The staged {path.name} differs from this checkout's.")

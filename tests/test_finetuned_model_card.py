@@ -18,11 +18,11 @@ from peft import PeftModel
 
 import finetune
 import segment
-from checkpoint_tools.bases import described
+from checkpoint_tools.base_model import described
 from checkpoint_tools.checkout import SAM_TINY, split_class
 from checkpoint_tools.licences import Licence
-from checkpoint_tools.pushing import PushError
-from finetuning.cards import card
+from checkpoint_tools.push_to_hub import PushError
+from finetuning.finetuned_model_card import card
 from finetuning.model import make_trainable
 from finetuning.results import complete_adapter, push
 from finetuning.settings import ModelSettings

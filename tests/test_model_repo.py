@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import BertConfig, BertModel, SamVisionModel
 
-from checkpoint_tools import uploading
+from checkpoint_tools import model_repo
 from checkpoint_tools.checkout import ROOT
 from checkpoint_tools.outputs import MARKER
 
@@ -35,8 +35,8 @@ def test_failed_verification_pushes_nothing(
         stage(*args)
         rewrite(args[1], lambda weights: weights["vision_encoder.layers.0.attn.q.weight"].add_(0.1))
 
-    stage = uploading.stage
-    monkeypatch.setattr(uploading, "stage", spoilt)
+    stage = model_repo.stage
+    monkeypatch.setattr(model_repo, "stage", spoilt)
     options = ("--base", base_dir, "--repo-id", "user/sam", "--license", "mit")
     message = run_upload(*options, "--output", tmp_path / "sam", fails=True)
     assert "Verification failed" in message
@@ -140,7 +140,7 @@ def test_no_space(error, base_dir: Path, run_upload, monkeypatch: pytest.MonkeyP
     def full(*args) -> None:
         raise error
 
-    monkeypatch.setattr(uploading, "stage", full)
+    monkeypatch.setattr(model_repo, "stage", full)
     assert "No space left on the disk: choose another" in run_upload(
         "--base", base_dir, "--output", tmp_path / "sam", fails=True
     )
@@ -236,7 +236,7 @@ def test_somebody_pushes_meanwhile(hub: Hub, push, monkeypatch: pytest.MonkeyPat
         repo.commit("main", {"theirs.txt": File(b"theirs", lfs=False)})
         return FIGURES
 
-    monkeypatch.setattr(uploading, "run_verify", meanwhile)
+    monkeypatch.setattr(model_repo, "run_verify", meanwhile)
     assert "Someone else pushed to user/sam in the meantime" in push("--max-shard-size", "20KB", fails=True)
     assert repo.files() == {"theirs.txt": b"theirs"}
 

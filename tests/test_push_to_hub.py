@@ -11,8 +11,9 @@ from hub import File, Hub
 from huggingface_hub import HfApi
 from safetensors.torch import load, save
 
-from checkpoint_tools.pushing import Destination
-from checkpoint_tools.pushing import push as push_folder
+from checkpoint_tools.model_repo import FILES
+from checkpoint_tools.push_to_hub import Destination
+from checkpoint_tools.push_to_hub import push as push_folder
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # huggingface_hub's own
@@ -79,7 +80,7 @@ def test_any_change_is_found(tamper, problem: str, hub: Hub, staged_dir: Path, t
     destination, head = Destination("user/sam", "Split"), repo.refs["main"]
     loaded: list[tuple] = []
     with pytest.raises(ValueError, match=re.escape(problem)) as caught:
-        push_folder(HfApi(), destination, staged_dir, head, verify=lambda *pushed: loaded.append(pushed))
+        push_folder(HfApi(), destination, staged_dir, head, FILES, verify=lambda *pushed: loaded.append(pushed))
     commit = repo.refs["main"]
     assert str(caught.value).startswith(f"Commit {commit} was pushed to user/sam, but verification failed: ")
     assert not loaded

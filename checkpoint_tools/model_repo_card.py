@@ -1,4 +1,4 @@
-"""The model card of a split checkpoint: facts about it, and the card's text made of them."""
+"""The model card of a model repo that `upload.py` stages: facts about it, and the card's text made of them."""
 
 import re
 from dataclasses import dataclass
@@ -7,11 +7,11 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .bases import Base
+from .base_model import Base
 from .licences import UNKNOWN, Licence
 
 
-TEMPLATE = Path(__file__).with_name("model_card_template.md")
+TEMPLATE = Path(__file__).with_name("model_repo_card_template.md")
 TAGS = ("segment-anything", "sam", "peft", "lora", "custom_code")
 CARRIED_OVER = ("datasets", "language", "metrics")  # the weights are the base's, and so is what was done with them
 

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from checkpoint_tools.bases import Base
+from checkpoint_tools.base_model import Base
 from checkpoint_tools.licences import UNKNOWN
 from checkpoint_tools.plain_settings import read_json
 
