@@ -18,9 +18,9 @@ with needs("finetune"):
 
     from checkpoint_tools.errors import one_line_errors
     from checkpoint_tools.quiet import quiet
-    from evaluation.request import EvaluationRequest, evaluate
+    from evaluation.command import EvaluationRequest, evaluate
     from evaluation.scoring import MODES
-    from finetuning.options import HelpFormatter
+    from finetuning.command_line import HelpFormatter
     from image_data.data_settings import DataSettings
     from image_data.decoding import ImageReading
     from segmentation.settings import add_arguments, changes_of

@@ -15,13 +15,13 @@ from checkpoint_tools.packages import needs
 
 with needs("finetune"):
     from checkpoint_tools.errors import one_line_errors
+    from checkpoint_tools.option_checks import SettingsError
     from checkpoint_tools.push_to_hub import PushError
     from checkpoint_tools.quiet import quiet
-    from finetuning.options import parse
+    from finetuning.command_line import parse
     from finetuning.recipe import finetune
     from finetuning.settings import Settings
-    from image_data.setting_checks import SettingsError
-    from image_data.sources import DataError
+    from image_data.decoding import DataError
     from segmentation.pretrained import ModelError
 
 

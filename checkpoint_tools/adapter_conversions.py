@@ -7,7 +7,7 @@ from pathlib import Path
 from peft import PeftModel
 from transformers import PreTrainedModel, SamConfig, SamModel
 
-from . import fused_adapters, meta_layout, micro_sam, samed, trainer_checkpoints
+from . import fused_adapters, meta_checkpoints, meta_layout, micro_sam, samed
 from .base_model import SPLIT, STOCK, named_base
 from .comparison import example_outputs
 from .conversions import (
@@ -21,7 +21,7 @@ from .conversions import (
 )
 from .loading import as_split, model_type, processor_for
 from .meta_adapters import MetaAdapter
-from .outputs import staged
+from .output_folders import staged
 
 
 def adapter_to_fused(
@@ -166,9 +166,9 @@ def from_micro_sam(
         return write_adapter(meta_adapter, split, base or str(destination / "base"), folder / "adapter", base_model)
 
 
-def read_checkpoint(file: Path) -> trainer_checkpoints.TrainerCheckpoint:
+def read_checkpoint(file: Path) -> meta_checkpoints.MetaCheckpoint:
     """Returns what `file` holds, and prints what was stripped."""
-    checkpoint = trainer_checkpoints.read(file)
+    checkpoint = meta_checkpoints.read(file)
     for message in checkpoint.notes:
         note(message)
     return checkpoint

@@ -8,12 +8,12 @@ from transformers import PreTrainedModel
 
 from .card_parsing import ParsedCard, read_card
 from .comparison import OutputsDifferError, compare, example_outputs
+from .config_files import read_json
 from .conversions import TOLERANCE, load_checked
 from .fetching import fetch, is_hub_id
 from .licences import Licence, combined, stated_licence
 from .loading import model_type
 from .messages import listing
-from .plain_settings import read_json
 from .verification import split_weights
 
 

@@ -13,11 +13,11 @@ from huggingface_hub import CommitInfo, HfApi
 
 from .base_model import Base, read_base
 from .checkout import ROOT, split_class
+from .config_files import copy_plain, keep_known_settings, read_json, read_processor
 from .errors import well_formed
 from .licences import CODE_LICENCE, Licence
 from .model_repo_card import card_facts, model_card
-from .outputs import staged
-from .plain_settings import copy_plain, keep_known_settings, read_json, read_processor
+from .output_folders import staged
 from .push_to_hub import Destination, check_destination, is_ours, print_files, push, read_token
 from .verification import check_card
 

@@ -25,7 +25,7 @@ from huggingface_hub.errors import (
 )
 
 from .messages import one_line
-from .outputs import MARKER
+from .output_folders import MARKER
 
 
 # What may lie in a repo beside what is pushed: nothing that transformers, PEFT or another library would load or run.

@@ -18,10 +18,10 @@ from jinja2 import Template
 
 from .card_parsing import ParsedCard, read_card
 from .checkout import ROOT
+from .config_files import read_json
 from .fetching import is_hub_id
 from .licences import UNKNOWN, Licence, stated_licence
-from .outputs import staged
-from .plain_settings import read_json
+from .output_folders import staged
 from .push_to_hub import Destination, check_destination, explain, print_files, push, read_token
 from .space_verification import verify_space
 

@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from huggingface_hub import EvalResult, HfApi, ModelCard
 
-from checkpoint_tools.outputs import json_text
+from checkpoint_tools.output_folders import json_text
 from segmentation.segments import Segment
 
 from .scoring import AUTOMATIC, BOXES, POINTS, EvaluationImage, Scores

@@ -5,8 +5,8 @@ from typing import Any, Literal
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from checkpoint_tools.base_model import Base
+from checkpoint_tools.config_files import read_json
 from checkpoint_tools.licences import UNKNOWN
-from checkpoint_tools.plain_settings import read_json
 
 from .settings import ModelSettings
 

@@ -1,4 +1,4 @@
-"""The fine-tuning recipe: trains an adapter or a model from settings, evaluates it, and resumes interrupted runs."""
+"""What `finetune.py` does, step by step: reads data and model, trains, measures, and has the results written."""
 
 import sys
 import time
@@ -15,20 +15,20 @@ from checkpoint_tools.base_model import Base, described, named_base
 from checkpoint_tools.conversions import load_checked
 from checkpoint_tools.fetching import fetch
 from checkpoint_tools.licences import Licence
+from checkpoint_tools.option_checks import SettingsError
 from checkpoint_tools.push_to_hub import check_destination
 from image_data.layouts import read_data
 from image_data.samples import Sample
-from image_data.setting_checks import SettingsError
 from segmentation.pretrained import load_base
 
 from .data_summary import PICTURE, DataSummary
-from .model import four_bits, make_trainable
 from .prompts import ValidationSet
-from .results import destination_of, write_results
+from .result_files import destination_of, write_results
 from .resuming import first_diverged, has_stopped
-from .runs import opened_run, write_check
+from .run_folder import opened_run, write_check
 from .settings import Settings
-from .training import PromptTrainer, build_trainer, metrics_of
+from .trainable_weights import four_bits, make_trainable
+from .trainer import PromptTrainer, build_trainer, metrics_of
 
 
 def finetune(settings: Settings) -> None:

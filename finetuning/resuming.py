@@ -1,5 +1,6 @@
-"""The last whole checkpoint of an interrupted run."""
+"""What `--resume` goes on from: the last whole checkpoint of an interrupted run with the same settings and data."""
 
+import hashlib
 import json
 import math
 import re
@@ -10,7 +11,51 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from transformers import EarlyStoppingCallback, TrainerState
 
-from image_data.setting_checks import SettingsError
+from checkpoint_tools.option_checks import SettingsError
+from image_data.samples import TrainValidationParts
+
+from .settings import Settings
+
+
+FINGERPRINT = "settings.json"  # what must be the same on resume
+# Settings that may change on resume, because they do not affect the result.
+NOT_IN_FINGERPRINT = {
+    *("check", "resume", "force", "export", "output_dir", "minutes", "license", "license_name", "license_link"),
+    *("push_to_hub", "hub_model_id", "hub_token", "hub_private_repo", "hub_revision"),
+    *("dataloader_num_workers", "report_to", "run_name", "disable_tqdm"),
+}
+
+
+def checkpoint_to_resume(settings: Settings, parts: TrainValidationParts) -> tuple[str | None, list[str]]:
+    """Returns the last whole checkpoint of an interrupted run, if any, and the names of later, damaged ones.
+
+    Raises:
+        SettingsError: If that run had other settings, or its best checkpoint is gone.
+    """
+    output = settings.folder
+    earlier, run = earlier_settings(output / FINGERPRINT), fingerprint(settings, parts)
+    names = [*run, *(name for name in earlier if name not in run)]
+    if changed := [name for name in names if run.get(name) != earlier.get(name)]:
+        differences = ", ".join(f"{name} {earlier.get(name)} then and {run.get(name)} now" for name in changed)
+        raise SettingsError(f"--resume: {output} was started with other settings: {differences}.")
+    checkpoint, damaged = last_checkpoint(output)
+    return str(checkpoint) if checkpoint else None, damaged
+
+
+def fingerprint(settings: Settings, parts: TrainValidationParts) -> dict[str, Any]:
+    """Returns all that the result depends on."""
+    run = {name: value for name, value in settings.options.items() if name not in NOT_IN_FINGERPRINT}
+    return {**run, "processes": settings.training.world_size, "data": digest(parts)}
+
+
+def digest(parts: TrainValidationParts) -> str:
+    """Returns a hash of the samples. With other data, a resumed run could validate on objects it was trained on."""
+    samples = [
+        (name, Path(sample.source.name).name, str(sample.window), sample.ids.tolist())
+        for name in ("train", "validation")
+        for sample in getattr(parts, name)
+    ]
+    return hashlib.sha256(json.dumps(samples).encode()).hexdigest()[:12]
 
 
 def earlier_settings(file: Path) -> dict[str, Any]:

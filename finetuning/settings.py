@@ -1,4 +1,4 @@
-"""The settings of the recipe: a dataclass for each group of options of `finetune.py`."""
+"""The settings of the recipe, a dataclass for each group of options: prompts, model, output, and all together."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,11 +7,11 @@ from typing import Any, ClassVar, Literal
 from transformers.hf_argparser import HfArg
 
 from checkpoint_tools.checkout import SAM_TINY
+from checkpoint_tools.option_checks import SettingsError, require_at_least, require_share
 from image_data.data_settings import DataSettings
-from image_data.setting_checks import SettingsError, require_at_least, require_share
 
-from .rounds import Prompting
-from .training_settings import TrainingSettings
+from .click_rounds import Prompting
+from .training_arguments import TrainingSettings
 
 
 AUTOMATIC = "automatic"

@@ -1,14 +1,123 @@
 """The settings of images and objects: where they come from, how they are read, and how they are divided."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, Literal
 
 from transformers.hf_argparser import HfArg
 
+from checkpoint_tools.option_checks import SettingsError, require_at_least, require_share
+
 from .decoding import MAX_PIXELS, DataError, ImageReading
 from .labels import LabelReading
-from .setting_checks import SettingsError, require_at_least, require_share
-from .source_settings import SourceSettings
+from .patterns import Pattern
+
+
+@dataclass
+class SourceSettings:
+    """Files, folders or a data set, and which of their images are for training, validation and test.
+
+    Raises:
+        DataError: If two settings contradict each other, or one lacks another.
+    """
+
+    _argument_group_name: ClassVar[str] = "data"
+
+    images: Path | None = HfArg(
+        default=None,
+        help="folder of PNG, JPEG, TIFF, BMP or WebP images, with its subfolders (a photo of coins)",
+    )
+    masks: Path | None = HfArg(default=None, help="folder of PNG, TIFF, BMP or WebP masks, named like the images")
+    coco: Path | None = HfArg(
+        default=None, help="COCO annotations of the images, instead of masks: a file, or a folder with train*.json ..."
+    )
+    image_pattern: str | None = HfArg(default=None, help="which files are images, as in {stem}_img.png (all)")
+    mask_pattern: str | None = HfArg(
+        default=None, help="how masks are named, as in {stem}_mask.png; {stem}/*.png if each file is one object"
+    )
+    color_masks: bool = HfArg(default=False, help="each colour in the masks but black is an object")
+    categories: list[str] = HfArg(default_factory=list, help="names of the COCO categories to use (all)")
+    group_pattern: str | None = HfArg(
+        default=None, help="names of images that must not be divided, as in {group}_* or {group}/*"
+    )
+    validation_images: Path | None = HfArg(default=None, help="images to validate on, instead of a share")
+    validation_masks: Path | None = HfArg(default=None, help="their masks")
+    validation_coco: Path | None = HfArg(default=None, help="their COCO annotations")
+    test_images: Path | None = HfArg(default=None, help="images to test on, once, after training")
+    test_masks: Path | None = HfArg(default=None, help="their masks")
+    test_coco: Path | None = HfArg(default=None, help="their COCO annotations")
+
+    dataset: str | None = HfArg(
+        default=None, help="Hub id, folder or Parquet file of the datasets library, instead of images and masks"
+    )
+    dataset_config: str | None = HfArg(default=None, help="configuration of the data set, if it has several")
+    dataset_revision: str | None = HfArg(default=None, help="branch, tag or commit of the data set, on the Hub")
+    image_column: str = HfArg(default="image", help="column of the data set with the images")
+    mask_column: str | None = HfArg(
+        default=None,
+        help="column with label images, lists of masks, or objects as in COCO (the one with a usual name)",
+    )
+    group_column: str | None = HfArg(
+        default=None, help="column of the data set that says which images must not be divided, such as the patient"
+    )
+    split: str | None = HfArg(default=None, help="split to train on (train, or the only one)")
+    validation_split: str | None = HfArg(default=None, help="split to validate on (validation, if there is one)")
+    test_split: str | None = HfArg(default=None, help="split to test on (test, if there is one)")
+
+    def __post_init__(self) -> None:
+        if self.coco and self.masks:
+            raise DataError(["--masks and --coco are both given: expected one of them."])
+        self._check_dataset()
+        if bool(self.images) != bool(self.coco or self.masks):
+            raise DataError(["expected --images together with --masks or --coco, or none of them for the coins."])
+        for name in ("image_pattern", "mask_pattern", "color_masks"):
+            if getattr(self, name) and not self.masks:
+                raise DataError([f"--{name.replace('_', '-')}: expected --masks, too."])
+        if self.categories and not (self.coco or self.dataset):
+            raise DataError(["--categories: expected --coco or --dataset, too."])
+        for text, name in ((self.image_pattern, "stem"), (self.mask_pattern, "stem"), (self.group_pattern, "group")):
+            if text is not None:
+                Pattern(text, name)
+        if self.color_masks and self.has_file_per_object:
+            raise DataError(["--color-masks: a * in --mask-pattern stands for files of one object each."])
+        for part in ("validation", "test"):
+            self._check_part(part)
+
+    @property
+    def has_file_per_object(self) -> bool:
+        """Whether each mask file is one object."""
+        return self.mask_pattern is not None and Pattern(self.mask_pattern).is_of_several
+
+    @property
+    def paths(self) -> list[Path]:
+        """All files and folders that are read."""
+        return [value for name in SourceSettings.__annotations__ if isinstance(value := getattr(self, name), Path)]
+
+    def _check_dataset(self) -> None:
+        """Raises an error if there are files beside a data set, or splits without one."""
+        if self.dataset:
+            if self.images or self.masks or self.coco:
+                raise DataError(["--dataset: expected no --images, --masks or --coco."])
+            if self.group_pattern:
+                raise DataError(["--group-pattern is for names of files: expected --group-column with --dataset."])
+            return
+        columns = ("mask_column", "group_column")
+        splits = ("split", "validation_split", "test_split")
+        for name in ("dataset_config", "dataset_revision", *columns, *splits):
+            if getattr(self, name):
+                raise DataError([f"--{name.replace('_', '-')}: expected --dataset, too."])
+
+    def _check_part(self, part: str) -> None:
+        """Raises an error if the files of a part are incomplete."""
+        images, masks, coco = (getattr(self, f"{part}_{name}") for name in ("images", "masks", "coco"))
+        if not (images or masks or coco):
+            return
+        if not self.images:
+            raise DataError([f"--{part}-...: expected --images with --masks or --coco to train on, too."])
+        if masks and coco:
+            raise DataError([f"--{part}-masks and --{part}-coco are both given: expected one of them."])
+        if not (coco or (images and masks)):
+            raise DataError([f"expected --{part}-images together with --{part}-masks or --{part}-coco."])
 
 
 @dataclass

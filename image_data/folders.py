@@ -17,8 +17,8 @@ from .images import (
     rgb_of,
     turn_with_image,
 )
-from .interpretation import interpret_masks
 from .labels import LabelReading
+from .mask_interpretation import interpret_masks
 from .overlaps import layers_of
 from .patterns import Pattern, checked_folder, files_in
 from .sources import LabelledImage, Source, SourceList

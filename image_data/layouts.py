@@ -9,12 +9,12 @@ from typing import Any
 
 from .coco import coco_images
 from .data_settings import DataSettings
-from .decoding import number_of
+from .decoding import DataError, number_of
 from .folders import paired_files
 from .hub_datasets import DatasetSettings, dataset_parts
 from .patterns import Pattern, files_in
 from .samples import TrainValidationParts, train_validation_parts
-from .sources import Coins, DataError, Source, SourceList
+from .sources import Coins, Source, SourceList
 
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"

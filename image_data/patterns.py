@@ -6,7 +6,7 @@ import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
-from .sources import DataError
+from .decoding import DataError
 
 
 OF_WINDOWS = ("thumbs.db", "desktop.ini")  # files that its explorer writes and hides

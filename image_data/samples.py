@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from tqdm import tqdm
 
-from .copies import Copies
+from .decoding import DataError
+from .duplicate_images import Copies
 from .image_cache import ImageCache
-from .sources import DataError, LabelledImage, Source
+from .sources import LabelledImage, Source
 
 
 Window = tuple[slice, slice]

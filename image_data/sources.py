@@ -8,7 +8,6 @@ import numpy as np
 from scipy import ndimage
 from skimage import data, filters, measure, morphology, segmentation
 
-from .decoding import DataError as DataError
 from .images import as_rgb
 
 

@@ -8,16 +8,17 @@ from safetensors import SafetensorError
 from transformers import BitsAndBytesConfig, PreTrainedModel, SamProcessor
 
 from checkpoint_tools.checkout import split_class
+from checkpoint_tools.config_files import read_processor
 from checkpoint_tools.errors import well_formed
 from checkpoint_tools.fetching import require_name
 from checkpoint_tools.fused_adapters import with_adapter
 from checkpoint_tools.loading import let_gradients_through_4bit, processor_sizes
 from checkpoint_tools.messages import one_line
-from checkpoint_tools.plain_settings import read_processor
 
 from .settings import SegmentationSettings
 
 
+DEVICE = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
 MALFORMED = (ValueError, TypeError, KeyError, AttributeError)  # what PEFT raises for settings of a wrong shape
 
 

@@ -8,9 +8,10 @@ import tifffile
 from labelled_images import MASK_SIDE, blocks, png, save_pair
 from PIL import Image
 
+from image_data.decoding import DataError
 from image_data.folders import paired_files
 from image_data.samples import train_validation_parts
-from image_data.sources import Coins, DataError
+from image_data.sources import Coins
 
 
 GREY = np.arange(12, dtype=np.uint8).reshape(3, 4) * 20

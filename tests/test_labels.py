@@ -9,9 +9,9 @@ from PIL import Image
 from scipy import ndimage
 
 from image_data.decoding import DataError
-from image_data.interpretation import interpret
 from image_data.labels import VOID, LabelReading
 from image_data.mask_facts import examine
+from image_data.mask_interpretation import interpret
 
 
 def discs(seed: int = 0, number: int = 6, side: int = 120) -> np.ndarray:

@@ -17,7 +17,7 @@ from transformers import BertConfig, BertModel, SamVisionModel
 
 from checkpoint_tools import model_repo
 from checkpoint_tools.checkout import ROOT
-from checkpoint_tools.outputs import MARKER
+from checkpoint_tools.output_folders import MARKER
 
 
 # huggingface_hub's own way of sending files

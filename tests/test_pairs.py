@@ -9,7 +9,7 @@ import torch
 from labelled_images import MASK_SIDE, Array, blocks, save_coco, save_pair
 from PIL import Image
 
-from finetuning.options import parse
+from finetuning.command_line import parse
 from finetuning.prompts import OUTSIDE, ItemEncoder, Prompts, TrainingSet, ValidationSet
 from image_data.coco import coco_images
 from image_data.decoding import DataError, ImageReading

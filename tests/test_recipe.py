@@ -23,13 +23,13 @@ from transformers import AutoModel, SamModel
 
 import finetune
 from checkpoint_tools.checkout import ROOT, SAM_TINY
-from checkpoint_tools.outputs import MARKER, locked
+from checkpoint_tools.output_folders import MARKER, locked
 from finetuning import recipe
-from finetuning.losses import MaskMetrics, object_scores
-from finetuning.model import trained
+from finetuning.click_rounds import Prompting
+from finetuning.loss_and_metrics import MaskMetrics, object_scores
 from finetuning.prompts import ItemEncoder, Prompts, ValidationSet
 from finetuning.resuming import last_checkpoint
-from finetuning.rounds import Prompting
+from finetuning.trainable_weights import trained
 from image_data.layouts import read_data
 from segmentation.pretrained import load_base
 from segmentation.settings import SegmentationSettings

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from labelled_images import MASK_SIDE, Array, blocks
 
+from image_data.decoding import DataError
 from image_data.samples import BETWEEN_PARTS, shrink, tiles, train_validation_parts
-from image_data.sources import DataError, Source
+from image_data.sources import Source
 
 
 def test_tiles_cover_the_image_and_overlap():

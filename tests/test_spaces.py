@@ -18,7 +18,7 @@ from peft import LoraConfig, get_peft_model
 
 from checkpoint_tools import spaces
 from checkpoint_tools.checkout import ROOT, SAM_TINY, split_class
-from checkpoint_tools.outputs import MARKER
+from checkpoint_tools.output_folders import MARKER
 from segmentation import pretrained
 from segmentation.pretrained import load_adapted
 

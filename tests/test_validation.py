@@ -8,11 +8,11 @@ import torch
 from labelled_images import MASK_SIDE, Array, blocks
 from torch.utils.data import default_collate
 
-from finetuning.losses import MaskMetrics, StepLoss, object_scores
+from finetuning.click_rounds import Prompting
+from finetuning.loss_and_metrics import MaskMetrics, StepLoss, object_scores
 from finetuning.prompts import ItemEncoder, Prompts, ValidationSet
-from finetuning.rounds import Prompting
-from finetuning.training import PromptTrainer
-from finetuning.training_settings import TrainingSettings
+from finetuning.trainer import PromptTrainer
+from finetuning.training_arguments import TrainingSettings
 from image_data.samples import Sample
 
 

@@ -1,4 +1,4 @@
-"""Checks of settings, with errors that name the option."""
+"""Checks of the values of options, with errors that name the option."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Writes the results of fine-tuning: metrics, pictures, model card, exported models; uploads them."""
+"""Writes what a run has trained: metrics, model card, thresholds, exported models; uploads it."""
 
 import shutil
 from collections.abc import Callable, Sequence
@@ -12,10 +12,10 @@ from transformers import PreTrainedModel, SamModel, SamProcessor
 from checkpoint_tools.base_model import Base
 from checkpoint_tools.checkout import ROOT
 from checkpoint_tools.comparison import relative_error
+from checkpoint_tools.config_files import keep_known_settings
 from checkpoint_tools.licences import CODE_LICENCE
 from checkpoint_tools.model_repo import FILES
-from checkpoint_tools.outputs import json_text, staged
-from checkpoint_tools.plain_settings import keep_known_settings
+from checkpoint_tools.output_folders import json_text, staged
 from checkpoint_tools.push_to_hub import Destination, check_destination
 from checkpoint_tools.push_to_hub import push as push_files
 from evaluation.thresholds import labelled_images, sweep_thresholds
@@ -24,11 +24,10 @@ from segmentation.predictor import Predictor
 from segmentation.pretrained import load_base
 
 from .finetuned_model_card import Kind, card, is_stock, worse_than_base
-from .model import trained
-from .plots import plot_curves, plot_masks
-from .reporting import items_to_show, picture_row, predict
+from .result_pictures import items_to_show, masks_to_show, predict, write_pictures
 from .settings import Settings, TrainingSettings
-from .training import PromptTrainer, segmentation_settings
+from .trainable_weights import trained
+from .trainer import PromptTrainer, segmentation_settings
 
 
 PATTERNS = (*FILES, "adapter_config.json", "adapter_model*.safetensors")  # of what is uploaded
@@ -93,25 +92,6 @@ def write_card(
     card(settings.model, made_of, metrics, kind, repo_id).save(folder / "README.md")
     for file in made_of.licence.files:
         shutil.copyfile(made_of.folder / file, folder / file)
-
-
-def masks_to_show(model: PreTrainedModel, trainer: PromptTrainer) -> list[np.ndarray]:
-    """Returns the masks that `model` predicts for the validation items that are shown."""
-    validation, prompting = trainer.eval_dataset, trainer.prompting
-    return [predict(model, validation, index, prompting)[0] for index in items_to_show(validation)]
-
-
-def write_pictures(
-    folder: Path, trainer: PromptTrainer, masks: dict[str, list[np.ndarray]], metrics: dict[str, Any]
-) -> None:
-    """Draws masks, in a column for each title, and the course of training."""
-    rows = [
-        picture_row(trainer.eval_dataset, index, trainer.prompting, {title: masks[title][row] for title in masks})
-        for row, index in enumerate(items_to_show(trainer.eval_dataset))
-    ]
-    plot_masks(rows, folder / "masks.png")
-    plot_curves(metrics["history"], metrics["before"]["iou"], folder / "curves.png")
-    print(f"Pictures: {folder / 'masks.png'}, {folder / 'curves.png'}")
 
 
 def write_exports(

@@ -1,4 +1,4 @@
-"""`TrainingArguments` as the recipe needs them."""
+"""`TrainingArguments` with the recipe's defaults, and without the options that it cannot heed."""
 
 import dataclasses
 import os
@@ -11,7 +11,7 @@ from transformers.hf_argparser import HfArg
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.deepspeed import is_deepspeed_available
 
-from image_data.setting_checks import SettingsError, option, require_at_least
+from checkpoint_tools.option_checks import SettingsError, option, require_at_least
 
 
 def other_default(name: str, value: Any) -> Any:

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from finetuning.losses import MaskLoss, MaskMetrics, StepLoss, dice, focal, object_scores
+from finetuning.loss_and_metrics import MaskLoss, MaskMetrics, StepLoss, dice, focal, object_scores
 
 
 def random_outputs(objects: int = 4) -> tuple[SimpleNamespace, torch.Tensor]:

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from transformers import EvalPrediction
 
-from checkpoint_tools.masks import best_rated, mask_iou
+from checkpoint_tools.predicted_masks import best_rated, mask_iou
 
-from .rounds import Prediction
+from .click_rounds import Prediction
 
 
 class MaskLoss:

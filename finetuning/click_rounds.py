@@ -1,4 +1,4 @@
-"""Asks the model about the objects of a batch, as a user would: with first prompts, then with corrective clicks.
+"""Asks the model about the objects of a batch like a user: with first prompts, then with rounds of corrective clicks.
 
 As in Segment Anything (https://arxiv.org/abs/2304.02643, appendix A): a single point gets three masks, as it may mean
 several objects; a box, or several prompts, get one. Each round adds clicks where the last mask is wrong, and half of
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from checkpoint_tools.masks import best_rated
+from checkpoint_tools.predicted_masks import best_rated
 from segmentation.clicks import corrective_click
 
 

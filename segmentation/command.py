@@ -1,4 +1,4 @@
-"""Segments image files: finds the model and its settings, the images and the prompts, and writes the results."""
+"""What `segment.py` does: finds the model and its settings, the images and the prompts, and writes the results."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -6,19 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from transformers import PreTrainedModel, SamProcessor, pipeline
 
 from checkpoint_tools.checkout import SAM_TINY
-from checkpoint_tools.outputs import require_replaceable, staged
+from checkpoint_tools.output_folders import require_replaceable, staged
 from image_data.decoding import DataError, number_of
 from image_data.images import IMAGE_SUFFIXES, MASK_SUFFIXES, read_image
 from image_data.patterns import files_in
 
 from .automatic import AutomaticSegments
 from .predictor import Predictor
-from .pretrained import load_adapted, load_base
+from .pretrained import DEVICE, load_adapted, load_base
 from .prompt_files import PromptFileError, coco_boxes, rough_masks
 from .result_files import Annotations, SegmentedImage, write_pictures
 from .segmenter import ImageSegmenter, PromptedObject, check_prompts
@@ -27,7 +26,6 @@ from .settings import SegmentationSettings
 
 
 OUTPUT = "segmented images"  # the kind of output
-DEVICE = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
 
 
 @dataclass(frozen=True)

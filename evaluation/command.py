@@ -1,4 +1,4 @@
-"""Evaluates an adapter, or a model, from its id to a table: finds data, model and settings, and writes the results."""
+"""What `evaluate.py` does: finds the model and its settings, and the images, and writes and prints the results."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -9,15 +9,14 @@ from typing import Any
 from transformers import SamProcessor
 
 from checkpoint_tools.checkout import SAM_TINY
-from checkpoint_tools.outputs import require_replaceable, staged
+from checkpoint_tools.option_checks import SettingsError
+from checkpoint_tools.output_folders import require_replaceable, staged
 from image_data.data_settings import DataSettings
 from image_data.decoding import DataError, ImageReading, number_of
 from image_data.layouts import name_of, read_data, read_sources
 from image_data.samples import Sample, areas_of, checked
-from image_data.setting_checks import SettingsError
 from segmentation.predictor import Predictor
-from segmentation.pretrained import load_adapted, load_base
-from segmentation.request import DEVICE
+from segmentation.pretrained import DEVICE, load_adapted, load_base
 from segmentation.settings import SegmentationSettings
 
 from .result_files import class_table, push_to_card, table, write_results

@@ -1,4 +1,4 @@
-"""Sets up `Trainer` for masks and prompts."""
+"""The `Trainer` of the recipe: its data, callbacks and metrics."""
 
 import math
 import time
@@ -23,11 +23,11 @@ from image_data.samples import Sample, TrainValidationParts
 from segmentation.predictor import Predictor
 from segmentation.settings import SegmentationSettings
 
+from .click_rounds import LastImage, Prediction, Prompting
 from .embedding_cache import EmbeddingCache
-from .losses import MaskMetrics, StepLoss, object_scores
+from .loss_and_metrics import MaskMetrics, StepLoss, object_scores
 from .prompts import ItemEncoder, Prompts, TrainingSet, ValidationSet
-from .reporting import TRACKERS, MaskPictures
-from .rounds import LastImage, Prediction, Prompting
+from .result_pictures import TRACKERS, MaskPictures
 from .settings import AUTOMATIC, Settings
 
 

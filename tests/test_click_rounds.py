@@ -10,8 +10,8 @@ from labelled_images import MASK_SIDE, Array, blocks
 from torch.utils.data import default_collate
 from transformers.models.sam.modeling_sam import SamImageSegmentationOutput
 
+from finetuning.click_rounds import REFINEMENT, Prediction, Prompting, Round, Rounds, clicks
 from finetuning.prompts import ItemEncoder, Prompts, TrainingSet
-from finetuning.rounds import REFINEMENT, Prediction, Prompting, Round, Rounds, clicks
 from image_data.samples import Sample
 
 

@@ -1,4 +1,4 @@
-"""Reads the weights of Meta's SAM from what trainers save: wrapped, prefixed, and beside other things."""
+"""Reads checkpoints in Meta's layout as training scripts save them: wrapped, prefixed, and beside other things."""
 
 import dataclasses
 import re
@@ -22,7 +22,7 @@ NORMALIZATION = ("pixel_mean", "pixel_std")  # buffers of Meta's Sam, which Meta
 
 
 @dataclasses.dataclass
-class TrainerCheckpoint:
+class MetaCheckpoint:
     """Weights in Meta's layout, and what the file says besides.
 
     Args:
@@ -36,7 +36,7 @@ class TrainerCheckpoint:
     normalization: tuple[list[float], list[float]] | None = None
 
 
-def read(file: Path) -> TrainerCheckpoint:
+def read(file: Path) -> MetaCheckpoint:
     """Reads a `.safetensors` file, or a file of `torch.save` without running code of it.
 
     Raises:
@@ -67,8 +67,8 @@ def read(file: Path) -> TrainerCheckpoint:
         notes.append(f"The weights have several dtypes ({listing(dtypes)}): all are written in {name_of(widest)}.")
         weights = {name: tensor.to(widest) for name, tensor in weights.items()}
     if [len(values) for values in normalization] != [3, 3]:
-        return TrainerCheckpoint(weights, notes)
-    return TrainerCheckpoint(weights, notes, normalization=(normalization[0], normalization[1]))
+        return MetaCheckpoint(weights, notes)
+    return MetaCheckpoint(weights, notes, normalization=(normalization[0], normalization[1]))
 
 
 def unpacked(file: Path) -> tuple[Any, list[str]]:

@@ -1,4 +1,4 @@
-"""Outputs of all commands: written whole or not at all, and never over something else.
+"""The output folders of all commands: written whole or not at all, and never over something else.
 
 What a command writes is marked: a folder by the file `.sam-split-output`, which says what kind of output it is and
 which files belong to it; a zip archive, such as `torch.save` writes, by its comment. `--force` replaces nothing but a

@@ -1,4 +1,4 @@
-"""The model to fine-tune: a split SAM with adapters, or with some of its own weights to train."""
+"""What of a split SAM is trained: adapters of its vision encoder, its mask decoder, or all of its weights."""
 
 import re
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Reads the settings from the command line and from YAML or JSON files, and writes files that repeat a run."""
+"""The command line of `finetune.py`: settings from options, YAML or JSON files, and the file that repeats a run."""
 
 import argparse
 import copy
@@ -14,9 +14,8 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from checkpoint_tools.checkout import ROOT, SAM_TINY
 from checkpoint_tools.messages import one_line
-from image_data.data_settings import DataSettings
-from image_data.setting_checks import SettingsError
-from image_data.source_settings import SourceSettings
+from checkpoint_tools.option_checks import SettingsError
+from image_data.data_settings import DataSettings, SourceSettings
 
 from .settings import ModelSettings, OutputSettings, PromptSettings, Settings, TrainingSettings
 

@@ -13,7 +13,7 @@ from transformers import SamProcessor
 import convert
 import finetune
 import segment
-from checkpoint_tools.plain_settings import SETTINGS, read_processor
+from checkpoint_tools.config_files import SETTINGS, read_processor
 from segmentation.pretrained import ModelError, load_base
 
 

@@ -8,7 +8,7 @@ import pytest
 from checkpoint_tools.checkout import SAM_TINY
 from checkpoint_tools.loading import processor_for
 from finetune import parse_args
-from finetuning.model import make_trainable
+from finetuning.trainable_weights import make_trainable
 from segmentation.pretrained import ModelError, load_base
 
 

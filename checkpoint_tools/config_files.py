@@ -1,4 +1,4 @@
-"""Processors and configurations as data: no code that a checkpoint names is run, asked about, or passed on."""
+"""`config.json` and the processor's JSON files as data: no code that they name is run, asked about, or passed on."""
 
 import json
 import math

@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT
 
 import convert
-from checkpoint_tools.outputs import MARKER, PARTIAL, mark_archive, require_replaceable, staged, staged_file
+from checkpoint_tools.output_folders import MARKER, PARTIAL, mark_archive, require_replaceable, staged, staged_file
 
 
 def write(destination: Path, text: str = "new", name: str = "weights", force: bool = False, **options) -> Path:
@@ -90,7 +90,7 @@ def test_mount_points_in_unwritable_parents(tmp_path: Path):
     code = """
         import sys
         from pathlib import Path
-        from checkpoint_tools.outputs import staged
+        from checkpoint_tools.output_folders import staged
         with staged(Path(sys.argv[1]), "test") as folder:
             (folder / "weights").touch()
     """
@@ -246,7 +246,7 @@ def test_leftovers_of_a_killed_run_are_removed(exists: bool, tmp_path: Path) -> 
     code = f"""
         import os, signal, sys
         from pathlib import Path
-        from checkpoint_tools.outputs import staged
+        from checkpoint_tools.output_folders import staged
         with staged(Path({str(destination)!r}), "test") as folder:
             (folder / "weights").write_text("half")
             os.kill(os.getpid(), signal.SIGKILL)

@@ -8,7 +8,7 @@ import yaml
 
 import finetune
 from checkpoint_tools.checkout import SAM_TINY
-from finetuning.options import write_file
+from finetuning.command_line import write_file
 
 
 def refusal(arguments: list[str], capsys) -> str:
