@@ -54,23 +54,22 @@ def sdpa_attention(module: Any, qkv: torch.Tensor, tables: Tables | None) -> tup
 
 
 def attention_path(query: torch.Tensor) -> str:
-    """Returns "folded" where kernels that take no mask are fast, else "tiled", for queries (R, S, n, H, W, d).
+    """Returns "folded" where flash kernels can run, else "tiled", for queries (R, S, n, H, W, d).
 
     | device | dtype | path | why |
     |---|---|---|---|
-    | CUDA | fp32, fp16 | folded | memory-efficient or flash kernels |
-    | CUDA | bf16 | folded | the same, from compute capability 8.0; before that tiled, as there is none |
-    | ROCm | fp16, bf16 | folded | flash, if d + H + W <= 256; else tiled, as values must be as wide as keys |
-    | CUDA, ROCm | other | tiled | no fused kernel |
+    | CUDA, ROCm | fp16, bf16 | folded | flash kernels, or cuDNN's, or memory-efficient ones |
+    | CUDA, ROCm if d + H + W > 256 | fp16, bf16 | tiled | too many channels for flash; the rest is slower than tiles |
+    | CUDA before compute capability 8.0 | bf16 | tiled | no fused kernel |
+    | CUDA, ROCm | fp32 | tiled | the memory-efficient kernel is slower, as folding triples its work |
+    | CUDA, ROCm | fp64 | tiled | no fused kernel |
     | CPU | any | tiled | tiles stay in the caches, and folding triples the work |
     | MPS, XPU, others | any | tiled | no fused kernel that trains with so many channels |
     """
     is_half = query.dtype in (torch.float16, torch.bfloat16)
-    if query.device.type != "cuda" or not (is_half or query.dtype == torch.float32):
+    if query.device.type != "cuda" or not is_half or sum(query.shape[3:]) > 256:  # ROCm calls its devices "cuda", too
         return "tiled"
-    if torch.version.hip is not None:  # ROCm calls its devices "cuda", too
-        return "folded" if is_half and sum(query.shape[3:]) <= 256 else "tiled"
-    return "folded" if query.dtype != torch.bfloat16 or takes_bfloat16(query.device) else "tiled"
+    return "folded" if query.dtype == torch.float16 or takes_bfloat16(query.device) else "tiled"
 
 
 @torch.compiler.assume_constant_result  # torch.compile cannot ask for it within a graph
@@ -114,17 +113,15 @@ def folded_attention(
 
     [scale * query[q], rel_h[q], rel_w[q]] · [key[k], onehot(row of k), onehot(column of k)]
 
-    Channels are filled up with zeros to what kernels ask for. All are multiples of 8. Flash takes half precision and
-    at most 256 channels; its values are as wide as its keys, and it does not train 193 to 255 on all GPUs.
+    Channels are filled up with zeros to what kernels ask for: multiples of 8, values as wide as keys. Flash does not
+    train 193 to 255 channels on all GPUs.
     """
     query, key, value = qkv
     rel_h, rel_w = relative_positions(query, table_h, table_w)
     height, width, channels = query.shape[3:]
     num_channels = -(-(channels + height + width) // 8) * 8
-    is_flash = query.dtype in (torch.float16, torch.bfloat16) and num_channels <= 256
-    if is_flash and num_channels > 192:
+    if 192 < num_channels < 256:
         num_channels = 256
-    value_channels = num_channels if is_flash else -(-channels // 8) * 8
 
     rows = torch.eye(height, dtype=key.dtype, device=key.device)[:, None].expand(height, width, height)
     columns = torch.eye(width, dtype=key.dtype, device=key.device).expand(height, width, width)
@@ -139,7 +136,7 @@ def folded_attention(
     output = F.scaled_dot_product_attention(
         extend(query * scale, rel_h, rel_w, zeros[..., :filling]),
         extend(key, onehots),
-        extend(value, zeros[..., : value_channels - channels]),
+        extend(value, zeros[..., channels:]),
         dropout_p=dropout,
         scale=1.0,
     )

@@ -84,7 +84,7 @@ def test_double_precision_by_tiles(image):
 
 
 @pytest.mark.parametrize("channels", CHANNELS)
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_fused_kernels_run(dtype, channels, image):
     _, split = encoders(channels)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
@@ -95,7 +95,7 @@ def test_fused_kernels_run(dtype, channels, image):
     assert sum(count for name, count in calls.items() if fused.fullmatch(name)) == 4  # two layers, there and back
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_no_matrix_of_all_scores(dtype, image):
     _, split = encoders()
     split, image = split.to(dtype), image.to(dtype)
