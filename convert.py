@@ -24,30 +24,26 @@ with needs("tools"):
 DTYPES = ("float32", "float16", "bfloat16")
 
 
+MODEL, ADAPTER = (str, "folder or Hub id of a model"), (str, "folder or Hub id of a LoRA adapter")
+FOLDER, META_FILE = (Path, "folder to write"), (Path, "a checkpoint in Meta's layout, such as sam_vit_b_01ec64.pth")
+
+
 def parse_args() -> argparse.Namespace:
     """Returns the function that the command names, and its arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    add_model_commands(commands)
+    add_adapter_commands(commands)
+    return parser.parse_args()
 
-    def add(function: Callable[..., float], summary: str, **paths: tuple[type, str]) -> argparse.ArgumentParser:
-        command = commands.add_parser(function.__name__.replace("_", "-"), help=summary, description=summary)
-        command.set_defaults(function=function)
-        for name, (kind, description) in paths.items():
-            command.add_argument(name, type=kind, metavar=name.upper(), help=description)
-        command.add_argument("--force", action="store_true", help="replace an earlier output of the same kind")
-        return command
 
-    def add_base_model(command: argparse.ArgumentParser, kind: str = "split") -> None:
-        summary = f"Hub id of a {kind} model equal to the base, for the new adapter to name"
-        command.add_argument("--base-model", metavar="USER/NAME", help=summary)
-
-    model, adapter = (str, "folder or Hub id of a model"), (str, "folder or Hub id of a LoRA adapter")
-    folder, file = (Path, "folder to write"), (Path, "a checkpoint in Meta's layout, such as sam_vit_b_01ec64.pth")
-    command = add(to_sam, "split model to stock SamModel", source=model, destination=folder)
+def add_model_commands(commands: argparse._SubParsersAction) -> None:
+    """Adds the commands that convert whole models."""
+    command = add(commands, to_sam, "split model to stock SamModel", source=MODEL, destination=FOLDER)
     command.add_argument("--adapter", help="folder or Hub id of a PEFT adapter, to be merged")
     command.add_argument("--dtype", choices=DTYPES, help="dtype of the weights to write (that of SOURCE)")
-    add(to_split, "stock SamModel to split model", source=model, destination=folder)
-    command = add(from_meta, "Meta's layout to split model", file=file, destination=folder)
+    add(commands, to_split, "stock SamModel to split model", source=MODEL, destination=FOLDER)
+    command = add(commands, from_meta, "Meta's layout to split model", file=META_FILE, destination=FOLDER)
     command.add_argument("--stock", action="store_true", help="write a stock SamModel instead")
     command.add_argument(
         "--decoder-heads", type=int, help="attention heads of the decoder (Meta's 8): no file records them"
@@ -56,12 +52,11 @@ def parse_args() -> argparse.Namespace:
         summary = f"{name} of the training images, for values of 0 to 1 (ImageNet's)"
         command.add_argument(f"--image-{name}", nargs=3, type=float, metavar=("R", "G", "B"), help=summary)
     command.add_argument(
-        "--rescale",
-        choices=["min-max"],
-        help="if each training image was stretched to 0 to 1, as by MedSAM",
+        "--rescale", choices=["min-max"], help="if each training image was stretched to 0 to 1, as by MedSAM"
     )
-    add(to_meta, "split or stock model to Meta's layout", source=model, file=file)
-    command = add(to_onnx, "split or stock model to ONNX: an encoder and a decoder", source=model, destination=folder)
+    add(commands, to_meta, "split or stock model to Meta's layout", source=MODEL, file=META_FILE)
+    summary = "split or stock model to ONNX: an encoder and a decoder"
+    command = add(commands, to_onnx, summary, source=MODEL, destination=FOLDER)
     command.add_argument(
         "--interface", choices=INTERFACES, default="transformers", help="which tools the files are for"
     )
@@ -69,31 +64,49 @@ def parse_args() -> argparse.Namespace:
     command.add_argument(
         "--dtype", choices=DTYPES[:2], default="float32", help="dtype of the weights, not of the inputs"
     )
-    command.add_argument(
-        "--all-masks",
-        action="store_true",
-        help="of sam: return all four masks, not one of them",
-    )
+    command.add_argument("--all-masks", action="store_true", help="of sam: return all four masks, not one of them")
+
+
+def add_adapter_commands(commands: argparse._SubParsersAction) -> None:
+    """Adds the commands that convert adapters."""
     for function, summary, kind in (
         (adapter_to_fused, "LoRA of q, k, v to LoRA of stock SAM's qkv", "stock"),
         (adapter_to_split, "LoRA of stock SAM's qkv to LoRA of q, k, v", "split"),
     ):
-        command = add(function, summary, source=adapter, destination=folder)
+        command = add(commands, function, summary, source=ADAPTER, destination=FOLDER)
         command.add_argument("--base", help="the model it was trained on, split or stock, if the adapter names none")
         add_base_model(command, kind)
     file = (Path, "what SAMed's save_lora_parameters() wrote")
-    command = add(from_samed, "LoRA of SAMed or Sam_LoRA to LoRA of q, v", file=file, destination=folder)
+    command = add(commands, from_samed, "LoRA of SAMed or Sam_LoRA to LoRA of q, v", file=file, destination=FOLDER)
     command.add_argument("--base", required=True, help="the model that training began with, split or stock")
     command.add_argument("--layers", nargs="+", type=int, metavar="N", help="the adapted blocks, if not all are")
     command.add_argument("--base-output", type=Path, metavar="FOLDER", help="write a base with the file's decoder")
     command.add_argument("--image-size", type=int, metavar="PIXELS", help="resize that base as SAMed does")
     add_base_model(command)
     file = (Path, "a checkpoint of micro-sam, such as best.pt")
-    command = add(from_micro_sam, "LoRA or FacT of micro-sam to LoRA, and its base", file=file, destination=folder)
+    summary = "LoRA or FacT of micro-sam to LoRA, and its base"
+    command = add(commands, from_micro_sam, summary, file=file, destination=FOLDER)
     command.add_argument("--base", help="a model to use instead of the one in FILE")
     command.add_argument("--decoder-heads", type=int, help="attention heads of the decoder, if not Meta's 8")
     add_base_model(command)
-    return parser.parse_args()
+
+
+def add(
+    commands: argparse._SubParsersAction, function: Callable[..., float], summary: str, **paths: tuple[type, str]
+) -> argparse.ArgumentParser:
+    """Adds a command that calls `function`, with the type and the description of each path, and returns it."""
+    command = commands.add_parser(function.__name__.replace("_", "-"), help=summary, description=summary)
+    command.set_defaults(function=function)
+    for name, (kind, description) in paths.items():
+        command.add_argument(name, type=kind, metavar=name.upper(), help=description)
+    command.add_argument("--force", action="store_true", help="replace an earlier output of the same kind")
+    return command
+
+
+def add_base_model(command: argparse.ArgumentParser, kind: str = "split") -> None:
+    """Adds the option for the base that a new adapter names."""
+    summary = f"Hub id of a {kind} model equal to the base, for the new adapter to name"
+    command.add_argument("--base-model", metavar="USER/NAME", help=summary)
 
 
 def main() -> None:

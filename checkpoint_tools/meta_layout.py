@@ -151,66 +151,111 @@ def config_of(weights: dict[str, torch.Tensor], decoder_heads: int | None = None
     Raises:
         ValueError: If weights needed for the sizes are missing or inconsistent, or `decoder_heads` is needed.
     """
+    patch_size = shape(weights, "image_encoder.patch_embed.proj.weight")[2]
+    image = {"image_size": shape(weights, "image_encoder.pos_embed")[1] * patch_size, "patch_size": patch_size}
+    return SamConfig(
+        vision_config=image | vision_settings(weights),
+        prompt_encoder_config=image | prompt_encoder_settings(weights),
+        mask_decoder_config=mask_decoder_settings(weights, decoder_heads),
+    )
 
-    def shape(name: str) -> torch.Size:
-        if name not in weights:
-            got = f"got {listing(weights)}{hint(weights)}"
-            raise ValueError(f"This is not a checkpoint of Meta's SAM: expected {name}, {got}.")
-        return weights[name].shape
 
-    def count(pattern: str) -> int:
-        return len({match[1] for name in weights if (match := re.match(pattern, name))})
+def vision_settings(weights: dict[str, torch.Tensor]) -> dict[str, object]:
+    """Returns the settings of the vision encoder, without those of the image.
 
-    hidden_size, num_channels, patch_size, _ = shape("image_encoder.patch_embed.proj.weight")
-    grid_size = shape("image_encoder.pos_embed")[1]
-    num_layers = count(r"image_encoder\.blocks\.(\d+)\.")
-    rel_pos = [shape(f"image_encoder.blocks.{layer}.attn.rel_pos_h") for layer in range(num_layers)]
-    if not rel_pos:
+    Raises:
+        ValueError: If weights are missing or inconsistent.
+    """
+    hidden_size, num_channels, _, _ = shape(weights, "image_encoder.patch_embed.proj.weight")
+    num_layers = count(weights, r"image_encoder\.blocks\.(\d+)\.")
+    if not num_layers:
         raise ValueError("This is not a checkpoint of Meta's SAM: image_encoder.blocks are missing.")
-    head_dim = rel_pos[0][1]
-    spans = [(length + 1) // 2 for length, _ in rel_pos]
-    global_layers = [layer for layer, span in enumerate(spans) if span == grid_size]
+    rel_pos = [shape(weights, f"image_encoder.blocks.{layer}.attn.rel_pos_h") for layer in range(num_layers)]
+    grid_size = shape(weights, "image_encoder.pos_embed")[1]
+    return {
+        "hidden_size": hidden_size,
+        "num_channels": num_channels,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": hidden_size // rel_pos[0][1],
+        "mlp_dim": shape(weights, "image_encoder.blocks.0.mlp.lin1.weight")[0],
+        "qkv_bias": "image_encoder.blocks.0.attn.qkv.bias" in weights,
+        **window_settings([(length + 1) // 2 for length, _ in rel_pos], grid_size),
+        "output_channels": shape(weights, "image_encoder.neck.0.weight")[0],
+        "num_pos_feats": shape(weights, "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix")[1],
+    }
+
+
+def window_settings(spans: list[int], grid_size: int) -> dict[str, object]:
+    """Returns which layers attend to the whole image, and the window size of the others.
+
+    Args:
+        spans: For each layer, the tokens along a side that its relative positions are for.
+        grid_size: Tokens along a side of the image.
+
+    Raises:
+        ValueError: If there are several window sizes, or one is larger than the image.
+    """
     windows = {span for span in spans if span != grid_size}
     if len(windows) > 1 or any(window > grid_size for window in windows):
         raise ValueError(
             f"rel_pos tables are for {sorted(set(spans))} tokens, but the image has {grid_size} x {grid_size}: "
             "expected tables of that size and of one smaller window size. Interpolate rel_pos_h and rel_pos_w first."
         )
-    decoder_size = shape("mask_decoder.iou_token.weight")[1]
-    image = {"image_size": grid_size * patch_size, "patch_size": patch_size}
-    return SamConfig(
-        vision_config={
-            **image,
-            "hidden_size": hidden_size,
-            "num_channels": num_channels,
-            "num_hidden_layers": num_layers,
-            "num_attention_heads": hidden_size // head_dim,
-            "mlp_dim": shape("image_encoder.blocks.0.mlp.lin1.weight")[0],
-            "qkv_bias": "image_encoder.blocks.0.attn.qkv.bias" in weights,
-            "global_attn_indexes": global_layers,
-            "window_size": windows.pop() if windows else grid_size,
-            "output_channels": shape("image_encoder.neck.0.weight")[0],
-            "num_pos_feats": shape("prompt_encoder.pe_layer.positional_encoding_gaussian_matrix")[1],
-        },
-        prompt_encoder_config={
-            **image,
-            "hidden_size": decoder_size,
-            "mask_input_channels": shape("prompt_encoder.mask_downscaling.3.weight")[0],
-            "num_point_embeddings": count(r"prompt_encoder\.point_embeddings\.(\d+)\."),
-        },
-        mask_decoder_config={
-            "hidden_size": decoder_size,
-            "num_attention_heads": decoder_heads_of(decoder_size, decoder_heads),
-            "num_hidden_layers": count(r"mask_decoder\.transformer\.layers\.(\d+)\."),
-            "mlp_dim": shape("mask_decoder.transformer.layers.0.mlp.lin1.weight")[0],
-            "attention_downsample_rate": decoder_size
-            // shape("mask_decoder.transformer.final_attn_token_to_image.q_proj.weight")[0],
-            "num_multimask_outputs": shape("mask_decoder.mask_tokens.weight")[0] - 1,
-            "iou_head_depth": count(r"mask_decoder\.iou_prediction_head\.layers\.(\d+)\."),
-            "iou_head_hidden_dim": shape("mask_decoder.iou_prediction_head.layers.0.weight")[0],
-            "layer_norm_eps": DECODER_LAYER_NORM_EPS,
-        },
-    )
+    return {
+        "global_attn_indexes": [layer for layer, span in enumerate(spans) if span == grid_size],
+        "window_size": windows.pop() if windows else grid_size,
+    }
+
+
+def prompt_encoder_settings(weights: dict[str, torch.Tensor]) -> dict[str, object]:
+    """Returns the settings of the prompt encoder, without those of the image.
+
+    Raises:
+        ValueError: If weights are missing.
+    """
+    return {
+        "hidden_size": shape(weights, "mask_decoder.iou_token.weight")[1],
+        "mask_input_channels": shape(weights, "prompt_encoder.mask_downscaling.3.weight")[0],
+        "num_point_embeddings": count(weights, r"prompt_encoder\.point_embeddings\.(\d+)\."),
+    }
+
+
+def mask_decoder_settings(weights: dict[str, torch.Tensor], heads: int | None) -> dict[str, object]:
+    """Returns the settings of the mask decoder.
+
+    Raises:
+        ValueError: If weights are missing, or the number of attention heads must be given.
+    """
+    size = shape(weights, "mask_decoder.iou_token.weight")[1]
+    attention_size = shape(weights, "mask_decoder.transformer.final_attn_token_to_image.q_proj.weight")[0]
+    return {
+        "hidden_size": size,
+        "num_attention_heads": decoder_heads_of(size, heads),
+        "num_hidden_layers": count(weights, r"mask_decoder\.transformer\.layers\.(\d+)\."),
+        "mlp_dim": shape(weights, "mask_decoder.transformer.layers.0.mlp.lin1.weight")[0],
+        "attention_downsample_rate": size // attention_size,
+        "num_multimask_outputs": shape(weights, "mask_decoder.mask_tokens.weight")[0] - 1,
+        "iou_head_depth": count(weights, r"mask_decoder\.iou_prediction_head\.layers\.(\d+)\."),
+        "iou_head_hidden_dim": shape(weights, "mask_decoder.iou_prediction_head.layers.0.weight")[0],
+        "layer_norm_eps": DECODER_LAYER_NORM_EPS,
+    }
+
+
+def shape(weights: dict[str, torch.Tensor], name: str) -> torch.Size:
+    """Returns the shape of a weight.
+
+    Raises:
+        ValueError: If it is missing.
+    """
+    if name not in weights:
+        got = f"got {listing(weights)}{hint(weights)}"
+        raise ValueError(f"This is not a checkpoint of Meta's SAM: expected {name}, {got}.")
+    return weights[name].shape
+
+
+def count(weights: dict[str, torch.Tensor], pattern: str) -> int:
+    """Returns how many numbers, the group of `pattern`, are in the names of weights."""
+    return len({match[1] for name in weights if (match := re.match(pattern, name))})
 
 
 def decoder_heads_of(size: int, heads: int | None) -> int:
