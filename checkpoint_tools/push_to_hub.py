@@ -105,8 +105,8 @@ def push(
     """
     try:
         head = head or create(api, destination)
-        kept = files_kept(api, destination, head, folder, patterns)
-        commit = commit_files(api, destination, folder, head, kept)
+        others = other_files(api, destination, head, folder, patterns)
+        commit = commit_files(api, destination, folder, head, others)
     except (HTTPError, RuntimeError) as error:  # the latter from hf_xet
         raise PushError(explain(error, destination.repo_id)) from error
     if commit.oid == head:
@@ -114,7 +114,7 @@ def push(
     print("Comparing it with what the Hub gives back ...", flush=True)
     try:
         with tempfile.TemporaryDirectory(prefix="sam-split-pushed-") as cache:
-            compare_files(api, destination, commit.oid, folder, head, kept, Path(cache))
+            compare_files(api, destination, commit.oid, folder, head, others, Path(cache))
             verify(commit.oid, Path(cache))
     except (ValueError, OSError, HTTPError) as error:
         raise PushError(
@@ -170,7 +170,7 @@ def is_ours(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def files_kept(api: HfApi, destination: Destination, head: str, folder: Path, patterns: Sequence[str]) -> set[str]:
+def other_files(api: HfApi, destination: Destination, head: str, folder: Path, patterns: Sequence[str]) -> set[str]:
     """Returns the files of the repo that a push leaves as they are.
 
     Raises:
@@ -181,17 +181,17 @@ def files_kept(api: HfApi, destination: Destination, head: str, folder: Path, pa
     if "adapter_config.json" in there and not is_ours("adapter_config.json", patterns):
         raise PushError(f"{repo_id} contains an adapter, which transformers would load on top: choose another repo.")
     ours = {*staged_files(folder), WRITTEN_BY_THE_HUB, *(name for name in there if is_ours(name, patterns))}
-    kept = set(there) - ours
-    if foreign := sorted(name for name in kept if not any(fnmatch.fnmatch(name, pattern) for pattern in HARMLESS)):
+    others = set(there) - ours
+    if foreign := sorted(name for name in others if not any(fnmatch.fnmatch(name, pattern) for pattern in HARMLESS)):
         raise PushError(
             f"{repo_id} also contains {', '.join(foreign)}, which may be loaded or run with the model: delete that, "
             "or choose another repo."
         )
-    return kept
+    return others
 
 
-def commit_files(api: HfApi, destination: Destination, folder: Path, head: str, kept: set[str]) -> CommitInfo:
-    """Commits all of `folder` at once, on top of `head`, and deletes what is neither in it nor `kept`.
+def commit_files(api: HfApi, destination: Destination, folder: Path, head: str, others: set[str]) -> CommitInfo:
+    """Commits all of `folder` at once, on top of `head`, and deletes what is neither in it nor of `others`.
 
     Raises:
         PushError: If the Hub's answer names no commit.
@@ -202,7 +202,7 @@ def commit_files(api: HfApi, destination: Destination, folder: Path, head: str, 
         commit = api.create_commit(
             destination.repo_id,
             [CommitOperationAdd(name, path) for name, path in files.items()]
-            + [CommitOperationDelete(name) for name in there if name not in {*files, *kept, WRITTEN_BY_THE_HUB}],
+            + [CommitOperationDelete(name) for name in there if name not in {*files, *others, WRITTEN_BY_THE_HUB}],
             commit_message=destination.commit_message,
             revision=destination.revision,
             create_pr=destination.create_pr,
@@ -220,7 +220,7 @@ def commit_files(api: HfApi, destination: Destination, folder: Path, head: str, 
 
 
 def compare_files(
-    api: HfApi, destination: Destination, commit: str, folder: Path, head: str, kept: set[str], cache: Path
+    api: HfApi, destination: Destination, commit: str, folder: Path, head: str, others: set[str], cache: Path
 ) -> None:
     """Downloads a commit into a Hub cache, and compares every file with what was staged or was there before.
 
@@ -232,9 +232,9 @@ def compare_files(
     download = partial(snapshot_download, repo_id, repo_type=repo_type, cache_dir=cache, token=api.token)
     actual = Path(download(revision=commit))
     expected = staged_files(folder)
-    if kept:
-        earlier = Path(download(revision=head, allow_patterns=sorted(kept)))
-        expected |= {name: earlier / name for name in kept}
+    if others:
+        earlier = Path(download(revision=head, allow_patterns=sorted(others)))
+        expected |= {name: earlier / name for name in others}
     downloaded = {path.relative_to(actual).as_posix() for path in actual.rglob("*") if not path.is_dir()}
     problems = {
         "lacks": expected.keys() - (downloaded & listed),

@@ -80,14 +80,14 @@ class Scores:
         ious: For each way of prompting (`points`, `boxes`, `clicks 1` ...), the IoU of each object, image by image.
         segments: For each way of prompting, the predicted objects, in the same order.
         matrices: IoU of labelled and automatically found objects, (T, P), of each image.
-        found: The automatically found objects of each image.
+        automatic: The automatically found objects of each image.
         seconds: Of each mode, and of encoding (`encoder`), in all.
     """
 
     ious: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     segments: dict[str, list[Segment]] = field(default_factory=lambda: defaultdict(list))
     matrices: list[np.ndarray] = field(default_factory=list)
-    found: list[list[Segment]] = field(default_factory=list)
+    automatic: list[list[Segment]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     def automatic_ious(self) -> list[float]:
@@ -130,9 +130,9 @@ def evaluate_images(
                 results = list(predictions(segmenter, each, mode, clicks))
             for way, segments in results:
                 if mode == AUTOMATIC:
-                    matrix, found = compared(each.objects, segments, ignored)
+                    matrix, counted = compared(each.objects, segments, ignored)
                     scores.matrices.append(matrix)
-                    scores.found.append(found)
+                    scores.automatic.append(counted)
                 else:
                     pairs = zip(each.objects, segments, strict=True)
                     scores.ious[way] += [float(iou_matrix([truth], [mask])[0, 0]) for truth, mask in pairs]
@@ -195,12 +195,12 @@ def compared(
     """Returns the IoU (T, P) of labelled and found objects, and those found that count."""
     iou = iou_matrix(objects, segments)
     matched = {column for _, column in match(iou)}
-    kept = [
+    counted = [
         index
         for index, segment in enumerate(segments)
         if index in matched or ignored[segment.window][segment.crop].mean() <= 0.5
     ]
-    return iou[:, kept], [segments[index] for index in kept]
+    return iou[:, counted], [segments[index] for index in counted]
 
 
 def summary(scores: Scores, images: Sequence[EvaluationImage]) -> dict[str, Any]:
@@ -212,7 +212,7 @@ def summary(scores: Scores, images: Sequence[EvaluationImage]) -> dict[str, Any]
     }
     if scores.matrices:
         sizes = [each.size for each in images]
-        precision = average_precision([each.objects for each in images], scores.found, sizes)
+        precision = average_precision([each.objects for each in images], scores.automatic, sizes)
         result[AUTOMATIC] = {**detection_metrics(scores.matrices), **precision}
     result["seconds_per_image"] = {mode: seconds / len(images) for mode, seconds in scores.seconds.items()}
     return result

@@ -98,13 +98,13 @@ def scores_of(
     scores = np.zeros((len(RATINGS), len(STABILITIES)))
     known: dict[int, np.ndarray] = {}  # the IoU of each candidate with the labelled objects
     for column, stability in enumerate(STABILITIES):
-        kept = choose(candidates, replace(settings, min_iou=0.0, min_stability=float(stability)))
-        for index in kept:
+        chosen = choose(candidates, replace(settings, min_iou=0.0, min_stability=float(stability)))
+        for index in chosen:
             if index not in known:
                 known[index] = iou_matrix(truth, scaled_up(predictor, candidates, np.array([index])))
         # Best first: a higher threshold for ratings takes the first few, and removes no mask that has removed others.
         for row, rating in enumerate(RATINGS):
-            above = [known[index] for index in kept[candidates.ratings[kept] >= rating]]
+            above = [known[index] for index in chosen[candidates.ratings[chosen] >= rating]]
             iou = np.concatenate(above, axis=1) if above else np.zeros((len(truth), 0))
             scores[row, column] = mean_segmentation_accuracy(iou)
     return scores

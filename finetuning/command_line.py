@@ -54,7 +54,7 @@ def parse(arguments: Sequence[str], description: str | None = None) -> Settings:
         data, prompts, model, output, training = parser.parse_args_into_dataclasses(
             arguments, look_for_args_file=False
         )
-        return Settings(data, prompts, model, training, output, kept(options))
+        return Settings(data, prompts, model, training, output, options_to_repeat(options))
     except (ValueError, ImportError) as error:  # also those of TrainingArguments
         return parser.error(one_line(error))
 
@@ -116,7 +116,7 @@ def as_arguments(name: str, value: Any) -> list[str]:
     return [f"{option_of(name)}={json.dumps(value) if isinstance(value, dict | bool) else value}"]
 
 
-def kept(options: dict[str, Any]) -> dict[str, Any]:
+def options_to_repeat(options: dict[str, Any]) -> dict[str, Any]:
     """Returns what repeats a run: the recipe's own options, and those of TrainingArguments that were changed.
 
     Paths are absolute, since the file is read from any folder.

@@ -70,18 +70,24 @@ class ItemEncoder:
         In `labels` (objects, mask_side, mask_side) int8 the object is 1, what else is in the image 0, and `OUTSIDE`
         what is beyond it or has no label.
         """
-        prompts, told = self.prompts, {}
+        prompts, prompt_inputs = self.prompts, {}
         boxes, size = boxes_of(labels, ids), labels.shape[-2:]
         if prompts.kind != "box":
             drawn = [
                 draw_points(labels, label, box, prompts.points, prompts.negative_points, rng, central=not train)
                 for label, box in zip(ids, boxes, strict=True)
             ]
-            told["input_points"], told["input_labels"] = [[list(part)] for part in zip(*drawn, strict=True)]
+            prompt_inputs["input_points"], prompt_inputs["input_labels"] = [
+                [list(part)] for part in zip(*drawn, strict=True)
+            ]
         if prompts.kind != "point":
-            told["input_boxes"] = [[draw_box(box, size, prompts.jitter if train else 0.0, rng) for box in boxes]]
-        inputs = self.processor(images=[image], input_data_format="channels_last", return_tensors="pt", **told)
-        encoded = {name: inputs[name][0] for name in ("pixel_values", *told)}
+            prompt_inputs["input_boxes"] = [
+                [draw_box(box, size, prompts.jitter if train else 0.0, rng) for box in boxes]
+            ]
+        inputs = self.processor(
+            images=[image], input_data_format="channels_last", return_tensors="pt", **prompt_inputs
+        )
+        encoded = {name: inputs[name][0] for name in ("pixel_values", *prompt_inputs)}
         for name in {"pixel_values", "input_points", "input_boxes"} & set(encoded):
             encoded[name] = encoded[name].float()
         if self.embeddings:

@@ -159,8 +159,8 @@ def coco_images(
         raise DataError(f"{annotations}: {problem}" for problem in problems)
     if empty := len(listed) - len(sources):
         left_out["images are left out: they have no annotation to use"] = empty
-    found = number_of(len(finder.by_name_alone), "image")
-    notes = [f"{found} found by name, not by path"] if finder.by_name_alone else []
+    by_name = number_of(len(finder.by_name_alone), "image")
+    notes = [f"{by_name} found by name, not by path"] if finder.by_name_alone else []
     return SourceList(sources, left_out, notes)
 
 

@@ -260,11 +260,11 @@ class NamedFiles:
 
     def by_key(self, known: Container[str] = ()) -> dict[str, list[Path]]:
         """Returns the files by what they have in common with others: what is `known`, if possible."""
-        found = defaultdict(list)
+        files = defaultdict(list)
         for path in self.paths:
             if path.suffix.lower() in self.suffixes and (keys := self.keys(path)):
-                found[next((key for key in keys if key in known), keys[0])].append(path)
-        return dict(found)
+                files[next((key for key in keys if key in known), keys[0])].append(path)
+        return dict(files)
 
     def unsupported(self) -> Iterator[str]:
         """Yields a problem for each file that cannot be read, if no pattern says that there may be others."""
@@ -273,10 +273,10 @@ class NamedFiles:
                 expected = ", ".join(self.suffixes)
                 yield f"{path}: unsupported file type, expected one of {expected}. Convert it or remove it."
 
-    def missing(self, wanted: dict[str, list[Path]], found: Container[str]) -> Iterator[str]:
+    def missing(self, wanted: dict[str, list[Path]], existing: Container[str]) -> Iterator[str]:
         """Yields a problem for each of the other files that has no partner here."""
         for key, paths in wanted.items():
-            if key not in found:
+            if key not in existing:
                 yield f"{paths[0]}: no file {self.pattern.filled(key)} in {self.folder}."
 
 

@@ -74,17 +74,17 @@ def dataset_parts(
         DataError: If the data set cannot be loaded, or lacks what the settings name.
     """
     whole = loaded(settings)
-    found = {}
+    parts = {}
     for part, split in splits_of(settings, whole).items():
         try:
             rows = whole[split] if split in whole else loaded(settings, split)
         except DataError as error:
             raise DataError([f"{error} It has the splits {', '.join(whole)}."]) from error
-        found[part] = sources_of(settings, rows, split, reading, labels, categories)
-    if settings.split is None and len(found) > 1:
-        counts = ", ".join(f"{name} ({number_of(len(part.sources), 'image')})" for name, part in found.items())
-        found["train"].notes.append(f"the splits divide the images: {counts}")
-    return found
+        parts[part] = sources_of(settings, rows, split, reading, labels, categories)
+    if settings.split is None and len(parts) > 1:
+        counts = ", ".join(f"{name} ({number_of(len(part.sources), 'image')})" for name, part in parts.items())
+        parts["train"].notes.append(f"the splits divide the images: {counts}")
+    return parts
 
 
 def loaded(settings: DatasetSettings, split: str | None = None) -> Any:
@@ -380,6 +380,6 @@ def with_annotations(
             left_out[f"annotations are left out: they {reason}"] += 1
         else:
             annotations.append(Annotation(f"object {number}", each["segmentation"], category))
-    found = with_objects(image, annotations, name)
-    found.left_out += left_out
-    return found
+    labelled = with_objects(image, annotations, name)
+    labelled.left_out += left_out
+    return labelled

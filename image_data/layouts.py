@@ -43,23 +43,23 @@ class PartSources:
 
 def read_data(settings: DataSettings, mask_side: int, seed: int) -> tuple[TrainValidationParts, str]:
     """Returns the samples, and a few words on what they are."""
-    found = read_parts(settings)
-    validation = settings.validation or (0.5 if len(found.train.sources) == 1 else 0.2)
+    sources = read_parts(settings)
+    validation = settings.validation or (0.5 if len(sources.train.sources) == 1 else 0.2)
     parts = train_validation_parts(
-        found.train.sources,
+        sources.train.sources,
         mask_side,
         validation,
         settings.tile,
         settings.overlap,
         settings.min_area,
         seed,
-        own_validation=found.validation.sources if found.validation else (),
-        test=found.test.sources if found.test else (),
+        own_validation=sources.validation.sources if sources.validation else (),
+        test=sources.test.sources if sources.test else (),
     )
-    for part in found.given.values():
+    for part in sources.given.values():
         parts.left_out += part.left_out
-    parts.notes[:0] = [note for part in found.given.values() for note in part.notes]
-    return parts, found.about or "A photograph of coins"
+    parts.notes[:0] = [note for part in sources.given.values() for note in part.notes]
+    return parts, sources.about or "A photograph of coins"
 
 
 def read_sources(settings: DataSettings) -> SourceList:
@@ -96,8 +96,8 @@ def read_parts(settings: DataSettings) -> PartSources:
         DataError: If files are missing or do not belong together, or one image is in two parts.
     """
     if settings.dataset:
-        found = parts_of_dataset(settings)
-        parts = PartSources(found[TRAIN], found.get(VALIDATION), found.get(TEST))
+        splits = parts_of_dataset(settings)
+        parts = PartSources(splits[TRAIN], splits.get(VALIDATION), splits.get(TEST))
     elif settings.coco and settings.coco.is_dir():
         parts = parts_of_coco_folder(settings, settings.coco)
     else:
@@ -164,16 +164,16 @@ def part_named_in(text: str) -> str | None:
     return named.pop() if len(named) == 1 else None
 
 
-def by_folder(found: SourceList, folder: Path | None) -> PartSources:
+def by_folder(whole: SourceList, folder: Path | None) -> PartSources:
     """Divides sources by the folders that they are in, if those are train, valid and test, and no others."""
-    files = files_of(found.sources)
-    if folder is None or len(files) < len(found.sources):
-        return PartSources(found)
+    files = files_of(whole.sources)
+    if folder is None or len(files) < len(whole.sources):
+        return PartSources(whole)
     names = [part_named_in(file.relative_to(folder).parts[0]) if file.parent != folder else None for file in files]
     if TRAIN not in names or None in names or len(set(names)) == 1:
-        return PartSources(found)
+        return PartSources(whole)
     parts = {name: SourceList([]) for name in set(names)}
-    for source, name in zip(found.sources, names, strict=True):
+    for source, name in zip(whole.sources, names, strict=True):
         parts[name].sources.append(source)
     counts = ", ".join(
         f"{name} ({number_of(len(parts[name].sources), 'image')})"
@@ -181,7 +181,7 @@ def by_folder(found: SourceList, folder: Path | None) -> PartSources:
         if name in parts
     )
     train = SourceList(
-        parts[TRAIN].sources, found.left_out, [*found.notes, f"the folders divide the images: {counts}"]
+        parts[TRAIN].sources, whole.left_out, [*whole.notes, f"the folders divide the images: {counts}"]
     )
     return PartSources(train, parts.get(VALIDATION), parts.get(TEST))
 

@@ -79,7 +79,7 @@ def checked_folder(given: Path) -> Path:
 
 def files_in(folder: Path) -> list[Path]:
     """Returns the files in a folder and those below it, also linked ones, without those that systems hide."""
-    found: list[Path] = []
+    files: list[Path] = []
     seen = set()
     for place, folders, names in os.walk(folder, followlinks=True):
         if (real := Path(place).resolve()) in seen:  # a link to a folder above it
@@ -87,5 +87,5 @@ def files_in(folder: Path) -> list[Path]:
             continue
         seen.add(real)
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(place, name) for name in names if not (name.startswith(".") or name.lower() in OF_WINDOWS)]
-    return sorted(found)
+        files += [Path(place, name) for name in names if not (name.startswith(".") or name.lower() in OF_WINDOWS)]
+    return sorted(files)

@@ -115,8 +115,8 @@ class ImageSegmenter:
         for indices in groups.values():
             for start in range(0, len(indices), MASKS_PER_BATCH):
                 part = indices[start : start + MASKS_PER_BATCH]
-                found = self._predict([objects[index] for index in part], windows[part[0]])
-                segments.update(zip(part, found, strict=True))
+                predicted = self._predict([objects[index] for index in part], windows[part[0]])
+                segments.update(zip(part, predicted, strict=True))
         return [segments[index] for index in range(len(objects))]
 
     def window_of(self, prompted: PromptedObject) -> Window:

@@ -138,8 +138,8 @@ def clean(masks: np.ndarray) -> np.ndarray:
     first = np.concatenate([[0], last[:-1]]) + 1
     ranges = zip(first, last, strict=True)
     largest = [start + areas[start : stop + 1].argmax() if stop >= start else -1 for start, stop in ranges]
-    kept = components == np.reshape(largest, (-1, 1, 1))
-    outside, number = ndimage.label(~kept, IN_PLANE_STRAIGHT)
+    is_largest = components == np.reshape(largest, (-1, 1, 1))
+    outside, number = ndimage.label(~is_largest, IN_PLANE_STRAIGHT)
     is_open = np.zeros(number + 1, dtype=bool)
     for edge in (outside[:, 0], outside[:, -1], outside[:, :, 0], outside[:, :, -1]):
         is_open[edge.ravel()] = True
@@ -167,13 +167,13 @@ def distinct(masks: np.ndarray, ratings: np.ndarray, max_overlap: float) -> np.n
     areas = np.bitwise_count(packed).sum(1, dtype=np.int64)
     order = np.argsort(-ratings, kind="stable")
     packed, areas = packed[order], areas[order]
-    kept = []
+    chosen = []
     while len(order):
-        kept.append(order[0])
+        chosen.append(order[0])
         shared = np.bitwise_count(packed[1:] & packed[0]).sum(1, dtype=np.int64)
         others = 1 + np.flatnonzero(shared <= max_overlap * (areas[1:] + areas[0] - shared))
         order, packed, areas = order[others], packed[others], areas[others]
-    return np.array(kept, dtype=int)
+    return np.array(chosen, dtype=int)
 
 
 def iou_matrix(first: Sequence[Segment], second: Sequence[Segment]) -> np.ndarray:
@@ -194,11 +194,11 @@ def distinct_segments(segments: Sequence[Segment], max_overlap: float) -> list[S
     """Returns the segments, best rated first; of two with an IoU above `max_overlap`, the better rated alone."""
     ordered = sorted(segments, key=lambda segment: -segment.rating)
     overlaps = iou_matrix(ordered, ordered) > max_overlap
-    kept: list[int] = []
+    chosen: list[int] = []
     for index in range(len(ordered)):
-        if not overlaps[index, kept].any():
-            kept.append(index)
-    return [ordered[index] for index in kept]
+        if not overlaps[index, chosen].any():
+            chosen.append(index)
+    return [ordered[index] for index in chosen]
 
 
 def coco_annotation(segment: Segment, size: tuple[int, int]) -> dict[str, Any]:

@@ -176,27 +176,27 @@ def test_what_is_not_possible_is_said(coins, action, message):
 
 
 def test_the_grid_finds_objects_and_thresholds_apply_without_another_run(coins, monkeypatch):
-    found = actions.find_all(coins, SETTINGS)
-    assert len(found.segments) > 1
+    session = actions.find_all(coins, SETTINGS)
+    assert len(session.segments) > 1
     monkeypatch.setattr(OpenImage, "candidates", lambda *args, **kwargs: pytest.fail("the model runs again"))
-    ratings = sorted(segment.rating for segment in found.segments)
-    stricter = actions.find_all(found, replace(SETTINGS, min_iou=ratings[-1]))
+    ratings = sorted(segment.rating for segment in session.segments)
+    stricter = actions.find_all(session, replace(SETTINGS, min_iou=ratings[-1]))
     assert [segment.rating for segment in stricter.segments] == [ratings[-1]]
-    assert len(actions.find_all(stricter, SETTINGS).segments) == len(found.segments)
+    assert len(actions.find_all(stricter, SETTINGS).segments) == len(session.segments)
 
 
 def test_too_many_masks_are_neither_drawn_nor_kept(coins, monkeypatch):
     everything = replace(SETTINGS, min_iou=0.0, min_stability=0.0)
-    found = actions.find_all(coins, everything)
-    monkeypatch.setattr(actions, "MOST_OBJECTS", len(found.segments) - 1)
+    session = actions.find_all(coins, everything)
+    monkeypatch.setattr(actions, "MOST_OBJECTS", len(session.segments) - 1)
     with pytest.raises(ActionError, match=r"masks are above the thresholds, and the page shows at most"):
         actions.find_all(coins, everything)
     monkeypatch.undo()
     monkeypatch.setattr(actions, "MOST_CANDIDATES", 10)
-    found = actions.find_all(coins, everything)
-    assert not found.search.candidates
-    again = actions.find_all(found, replace(everything, max_overlap=0.4))
-    assert 0 < len(again.segments) <= len(found.segments)
+    session = actions.find_all(coins, everything)
+    assert not session.search.candidates
+    again = actions.find_all(session, replace(everything, max_overlap=0.4))
+    assert 0 < len(again.segments) <= len(session.segments)
 
 
 def test_before_and_after_differ_by_the_adapter_alone(model, coins):
@@ -257,12 +257,12 @@ def test_errors_are_messages_without_html(monkeypatch):
     assert message_of(gr.Error("No GPU is free.")) == "No GPU is free."
     assert error.value.message == "&lt;img src=x&gt;: no image"
     assert not error.value.print_exception
-    said: list[str] = []
-    monkeypatch.setattr(gr, "Warning", lambda message, title: said.append(message))
+    messages: list[str] = []
+    monkeypatch.setattr(gr, "Warning", lambda message, title: messages.append(message))
     assert warns(fail, 3)(no_image) == [gr.skip()] * 3
     assert warns(fail, 1)(ZeroDivisionError()) == gr.skip()
-    assert said[0] == error.value.message
-    assert "ZeroDivisionError. The server's log" in said[1]
+    assert messages[0] == error.value.message
+    assert "ZeroDivisionError. The server's log" in messages[1]
     with pytest.raises(ActionError, match="No image is open"):
         required(None)
 
@@ -295,9 +295,9 @@ def test_what_the_page_cannot_be_made_of_is_said_in_one_line(tmp_path, capsys, a
         listener.listen()
         names = {"empty": tmp_path, "taken": listener.getsockname()[1]}
         app.main([argument.format(**names) for argument in arguments])
-    said = f"{end.value} {capsys.readouterr().err}"
-    assert message.format(**names) in said
-    assert "Traceback" not in said
+    output = f"{end.value} {capsys.readouterr().err}"
+    assert message.format(**names) in output
+    assert "Traceback" not in output
 
 
 def test_on_zero_gpu_the_model_runs_in_marked_functions_and_their_results_are_on_the_cpu(monkeypatch, model):

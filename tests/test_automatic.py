@@ -48,12 +48,12 @@ def test_cleaned_masks_are_the_largest_components_without_holes():
 def test_of_masks_of_one_object_the_best_rated_is_kept(max_overlap):
     masks = np.concatenate([random_masks(12), random_masks(12) ^ (random_masks(12, 1) & random_masks(12, 2))])
     ratings = np.random.default_rng(0).random(len(masks))
-    kept: list[int] = []
+    chosen: list[int] = []
     for index in np.argsort(-ratings):
-        if all((masks[index] & masks[o]).sum() / (masks[index] | masks[o]).sum() <= max_overlap for o in kept):
-            kept.append(index)
-    assert distinct(masks, ratings, max_overlap).tolist() == kept
-    assert max_overlap == 0.2 or len(kept) > 1
+        if all((masks[index] & masks[o]).sum() / (masks[index] | masks[o]).sum() <= max_overlap for o in chosen):
+            chosen.append(index)
+    assert distinct(masks, ratings, max_overlap).tolist() == chosen
+    assert max_overlap == 0.2 or len(chosen) > 1
 
 
 def test_segments_and_label_images_hold_the_same_masks():
@@ -123,10 +123,10 @@ def test_segments_are_whole_distinct_and_on_the_objects(tiny):
 
 def test_nothing_found_is_no_error(tiny, scene):
     settings = SegmentationSettings(min_iou=1.0, grid=4)
-    found = automatic_segments(tiny, tiny.encode(scene), settings)
-    assert found.segments == []
-    assert 0 < found.best_rating < 1
-    assert found.best_stability == 0
+    result = automatic_segments(tiny, tiny.encode(scene), settings)
+    assert result.segments == []
+    assert 0 < result.best_rating < 1
+    assert result.best_stability == 0
 
 
 def test_stability_of_empty_masks_is_zero():

@@ -95,15 +95,15 @@ def test_another_model_is_refused(change, message, adapter, hub, stock_dir, spli
     model.save_pretrained(tmp_path / "other")
     change(tmp_path / "other")
     hub.add("user/other", tmp_path / "other")
-    told = refused(f"adapter-to-split adapter out --base {stock_dir} --base-model user/other")
-    assert "--base-model user/other" in told
-    assert message in told
+    output = refused(f"adapter-to-split adapter out --base {stock_dir} --base-model user/other")
+    assert "--base-model user/other" in output
+    assert message in output
     assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_is_refused(adapter, stock_dir, split_dir, refused):
-    told = refused(f"adapter-to-split adapter out --base {stock_dir} --base-model {split_dir}")
-    assert "is on this machine: expected the Hub id of a model" in told
+    output = refused(f"adapter-to-split adapter out --base {stock_dir} --base-model {split_dir}")
+    assert "is on this machine: expected the Hub id of a model" in output
 
 
 def test_an_adapter_of_samed(hub, stock_dir, split_dir, tmp_path, convert):

@@ -126,10 +126,10 @@ def test_copies_of_training_images_among_the_others_are_told(photos, tmp_path, c
     assert not any("pixels of a training image" in note for note in check(photos, tmp_path / "out")["notes"])
     with Image.open(photos / "images" / "train" / "photo1.png") as file:
         file.save(photos / "images" / "valid" / "photo3.png", compress_level=1)
-    (told,) = [note for note in check(photos, tmp_path / "out")["notes"] if "pixels of a training image" in note]
-    assert told.startswith("1 of the validation images") and "--group-pattern" in told
-    assert re.search(r"valid/photo3\.png those of .*train/photo1\.png", told)
-    assert f"note: {told}" in capsys.readouterr().out
+    (remark,) = [note for note in check(photos, tmp_path / "out")["notes"] if "pixels of a training image" in note]
+    assert remark.startswith("1 of the validation images") and "--group-pattern" in remark
+    assert re.search(r"valid/photo3\.png those of .*train/photo1\.png", remark)
+    assert f"note: {remark}" in capsys.readouterr().out
 
 
 def test_too_narrow_images_are_named(tmp_path):
@@ -158,11 +158,11 @@ class Counted(Source):
 
 
 def test_the_check_reads_every_image_once_and_keeps_none():
-    kept = dict(CACHE.images)
+    cached = dict(CACHE.images)
     sources: list[Source] = [Counted(str(number)) for number in range(60)]
     train_validation_parts(sources, 64)
     assert {source.reads for source in sources} == {1}
-    assert dict(CACHE.images) == kept
+    assert dict(CACHE.images) == cached
 
 
 def test_images_are_cached_by_their_bytes():

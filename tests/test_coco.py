@@ -48,8 +48,8 @@ def read(folder: Path, data: Any, **options: Any) -> SourceList:
     return coco_images(folder / "images", file, **options)
 
 
-def parts_of(found: SourceList) -> TrainValidationParts:
-    return train_validation_parts(found.sources, MASK_SIDE, 0.5, min_area=1)
+def parts_of(sources: SourceList) -> TrainValidationParts:
+    return train_validation_parts(sources.sources, MASK_SIDE, 0.5, min_area=1)
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools with numpy 2
@@ -103,8 +103,8 @@ def test_ids_are_the_same_as_numbers_strings_and_floats(tmp_path):
 def test_annotation_ids_may_restart_with_each_image(tmp_path, capsys):
     data = content(annotation(SQUARE, 1, 7), annotation(FRAME, 1, 8), annotation(SQUARE, 1, 9))
     data["images"] = [{"id": 7 + n, "file_name": f"{'abc'[n]}.png", "height": 40, "width": 48} for n in range(3)]
-    found = read(tmp_path, data)
-    assert len(found.sources) == 3 and not found.left_out
+    sources = read(tmp_path, data)
+    assert len(sources.sources) == 3 and not sources.left_out
     assert capsys.readouterr().out == ""
 
 
@@ -146,8 +146,8 @@ def test_sizes_may_be_missing_strings_or_floats(size, tmp_path):
 )
 def test_what_is_no_object_is_counted_by_its_reason(bad, reason, tmp_path):
     data = content(annotation(SQUARE, 50), bad)
-    found = read(tmp_path, data)
-    left_out = found.left_out + found.sources[0].read().left_out
+    sources = read(tmp_path, data)
+    left_out = sources.left_out + sources.sources[0].read().left_out
     ((text, number),) = left_out.items()
     assert reason in text and number == 1
 
@@ -187,9 +187,9 @@ def test_objects_that_are_left_out_are_in_the_notes(tmp_path):
     ids=lambda value: value[:30] if isinstance(value, str) else "",
 )
 def test_segmentations_that_are_none_are_refused_with_the_name_of_the_annotation(segmentation, problem, tmp_path):
-    found = read(tmp_path, content(annotation(FRAME, 4), annotation(segmentation, 5)))
+    sources = read(tmp_path, content(annotation(FRAME, 4), annotation(segmentation, 5)))
     with pytest.raises(DataError, match=rf"a\.png: annotation 5 \(2 of the list\): .*{problem}"):
-        parts_of(found)
+        parts_of(sources)
 
 
 def test_what_to_do_if_all_objects_are_elsewhere_is_said(tmp_path):
@@ -322,10 +322,10 @@ def test_a_name_that_two_files_have_is_refused(tmp_path):
 
 def test_only_the_chosen_categories_are_used(tmp_path):
     data = content(annotation(SQUARE), annotation(FRAME, 2, category_id=2), annotation(FRAME, 3, category_id=5))
-    found = read(tmp_path, data, categories=["disc"])
-    whole = found.sources[0].read()
+    sources = read(tmp_path, data, categories=["disc"])
+    whole = sources.sources[0].read()
     assert list(whole.categories.values()) == ["disc"] and len(np.unique(whole.labels)) == 2
-    assert dict(found.left_out) == {"annotations are left out: they have other categories": 2}
+    assert dict(sources.left_out) == {"annotations are left out: they have other categories": 2}
     with pytest.raises(DataError, match=r"--categories dog: not in .*; expected some of block, disc"):
         read(tmp_path, data, categories=["dog", "disc"])
 

@@ -152,13 +152,13 @@ def test_sizes_of_meta(size, vision, segment_anything):
     """Found from the shapes of Meta's own builders, without their memory."""
     with torch.device("meta"):
         weights = getattr(segment_anything.build_sam, f"build_sam_{size}")().state_dict()
-    found = meta_layout.config_of(weights)
+    inferred = meta_layout.config_of(weights)
     expected = SamConfig(vision_config=vision | ({"num_attention_heads": 16} if vision else {}))
     expected.mask_decoder_config.layer_norm_eps = 1e-5  # in Meta's code; transformers has 1e-6
-    found, expected = found.to_dict(), expected.to_dict()
-    for config in (found, expected):
+    inferred, expected = inferred.to_dict(), expected.to_dict()
+    for config in (inferred, expected):
         config["vision_config"]["global_attn_indexes"] = list(config["vision_config"]["global_attn_indexes"])
-    assert found == expected
+    assert inferred == expected
     assert set(meta_layout.names(SamConfig.from_dict(expected)).values()) == weights.keys()
 
 

@@ -189,11 +189,11 @@ def test_files_are_read_as_the_adapter_says(scenes, tmp_path):
     AutoProcessor.from_pretrained(SAM_TINY).save_pretrained(model)
     data = ["--images", folder, "--masks", tmp_path / "masks", "--model", model, "--modes", "boxes", "--output"]
     cut, _ = run(*data, tmp_path / "cut")
-    told, _ = run(*data, tmp_path / "told", "--intensity", "min-max")
+    given, _ = run(*data, tmp_path / "given", "--intensity", "min-max")
     SegmentationSettings(reading=ImageReading(intensity="min-max")).save(model)
     brought, _ = run(*data, tmp_path / "brought")
     overruled, _ = run(*data, tmp_path / "overruled", "--intensity", "percentile", "1", "99.8")
-    scores = [each["after"]["boxes"] for each in (cut, told, brought, overruled)]
+    scores = [each["after"]["boxes"] for each in (cut, given, brought, overruled)]
     assert scores[0] == scores[3] != scores[1] == scores[2]
     with pytest.raises(SystemExit, match=r"3\.png.* more than --max-pixels 9"):
         run(*data, tmp_path / "large", "--max-pixels", "9")
@@ -221,9 +221,9 @@ def test_masks_on_what_does_not_count_are_not_false():
     truth[5:15, 5:15] = 1
     ignored = np.zeros((20, 40), bool)
     ignored[:, 25:] = True
-    found = [segment_of(truth == 1), segment_of(ignored), segment_of(~ignored & (truth == 0))]
-    matrix, counted = compared(segments_of(truth), found, ignored)
-    assert counted == [found[0], found[2]]
+    predicted = [segment_of(truth == 1), segment_of(ignored), segment_of(~ignored & (truth == 0))]
+    matrix, counted = compared(segments_of(truth), predicted, ignored)
+    assert counted == [predicted[0], predicted[2]]
     assert detection_metrics([matrix])["false"] == 1
 
 

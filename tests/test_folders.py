@@ -32,9 +32,9 @@ def save_all(folder: Path, *names: str) -> None:
 
 def pairs(folder: Path, images: str, masks: str, **options: Any) -> dict[str, str]:
     """The masks by image, relative to the folder."""
-    found = paired_files(folder / images, folder / masks, **options).sources
-    assert all(np.array_equal(source.read().labels, blocks()) for source in found)
-    return {str(s.image.relative_to(folder)): str(s.mask.relative_to(folder)) for s in found}
+    sources = paired_files(folder / images, folder / masks, **options).sources
+    assert all(np.array_equal(source.read().labels, blocks()) for source in sources)
+    return {str(s.image.relative_to(folder)): str(s.mask.relative_to(folder)) for s in sources}
 
 
 @pytest.mark.parametrize(
@@ -179,9 +179,9 @@ def coloured(folder: Path, background: tuple, *objects: tuple, border: tuple | N
 
 
 def test_colours_are_examined_as_numbers_are(tmp_path):
-    found = coloured(tmp_path / "white", WHITE, RED, GREEN)
-    assert "16777215 surrounds all else, and is the background" in found.notes[0]
-    assert len(np.unique(found.sources[0].read().labels)) == 3
+    sources = coloured(tmp_path / "white", WHITE, RED, GREEN)
+    assert "16777215 surrounds all else, and is the background" in sources.notes[0]
+    assert len(np.unique(sources.sources[0].read().labels)) == 3
     with pytest.raises(DataError, match=r"14737600 is in 2 of 2 masks.* say --void 14737600"):
         coloured(tmp_path / "border", (0, 0, 0), RED, GREEN, border=CREAM)
     with pytest.raises(DataError, match=r"4 labels in 8 separate parts.* say --instances components"):

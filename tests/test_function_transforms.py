@@ -64,9 +64,9 @@ def grads_batched(encoder: nn.Module, images: torch.Tensor) -> Tensors:
     output = encoder(images).last_hidden_state
     parameters = parameters_of(encoder)
     batch = torch.linspace(-1, 1, 3 * output.numel(), dtype=output.dtype).view(3, *output.shape)
-    found = torch.autograd.grad(output, list(parameters.values()), batch, is_grads_batched=True)
-    found = dict(zip(parameters, found, strict=True))
-    return {name: tensor for name, tensor in found.items() if "attn.rel_pos" in name or ".attn.proj" in name}
+    grads = torch.autograd.grad(output, list(parameters.values()), batch, is_grads_batched=True)
+    grads = dict(zip(parameters, grads, strict=True))
+    return {name: tensor for name, tensor in grads.items() if "attn.rel_pos" in name or ".attn.proj" in name}
 
 
 def jacobian(encoder: nn.Module, images: torch.Tensor) -> Tensors:

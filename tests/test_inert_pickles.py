@@ -108,8 +108,8 @@ def test_objects_beside_the_weights(case, tmp_path, monkeypatch):
     torch.save({"model": {"weight": weight}, "x": {**OBJECTS, **CODE}[case]}, "best.pt")
     checkpoint = meta_checkpoints.read(Path("best.pt"))
     assert torch.equal(checkpoint.weights["weight"], weight)
-    told = "Not read, because that could run code: objects of " in checkpoint.notes[-1]
-    assert told == (case not in ("NumPy's numbers", "NumPy's generator"))
+    noted = "Not read, because that could run code: objects of " in checkpoint.notes[-1]
+    assert noted == (case not in ("NumPy's numbers", "NumPy's generator"))
     assert [path.name for path in tmp_path.iterdir()] == ["best.pt"]
 
 

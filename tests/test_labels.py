@@ -29,8 +29,8 @@ def read(masks: list[np.ndarray], **options) -> tuple[list[np.ndarray], list[str
     """Returns the labels of each mask, and the notes."""
     reading = LabelReading(**options)
     examined = masks if reading.threshold is None else [mask >= reading.threshold for mask in masks]
-    found, notes = interpret([examine(mask, f"{n}.png") for n, mask in enumerate(examined)], reading)
-    return [found.objects(mask) for mask in masks], notes
+    interpreted, notes = interpret([examine(mask, f"{n}.png") for n, mask in enumerate(examined)], reading)
+    return [interpreted.objects(mask) for mask in masks], notes
 
 
 def question(masks: list[np.ndarray], **options) -> str:

@@ -39,10 +39,10 @@ def parts(folder: Path, *arguments: str) -> PartSources:
     return read_parts(finetune.parse_args(whole).data)
 
 
-def named(found: PartSources, folder: Path) -> dict[str, list[str]]:
+def named(sources: PartSources, folder: Path) -> dict[str, list[str]]:
     return {
         name: [str(Path(source.name).relative_to(folder)) for source in part.sources]
-        for name, part in found.given.items()
+        for name, part in sources.given.items()
     }
 
 
@@ -64,11 +64,11 @@ def test_folders_divide_the_images(images, masks, patterns, names, tmp_path):
     for name in names:
         save(tmp_path, images.format(name), masks.format(name))
     arguments = ["--images", str(tmp_path / "i"), "--masks", str(tmp_path / masks[0]), *patterns]
-    found = read_parts(finetune.parse_args(arguments).data)
-    assert named(found, tmp_path) == {
+    sources = read_parts(finetune.parse_args(arguments).data)
+    assert named(sources, tmp_path) == {
         part: [images.format(name)] for part, name in zip(("train", "validation", "test"), names, strict=True)
     }
-    assert found.train.notes[-1] == (
+    assert sources.train.notes[-1] == (
         "the folders divide the images: train (1 image), validation (1 image), test (1 image)"
     )
 
@@ -77,8 +77,8 @@ def test_folders_divide_the_images(images, masks, patterns, names, tmp_path):
 def test_other_folders_do_not(folders, tmp_path):
     for folder in folders:
         save(tmp_path, f"i/{folder}/a.png", f"masks/{folder}/a.png")
-    found = parts(tmp_path, "--images", "i", "--masks", "masks")
-    assert list(found.given) == ["train"] and len(found.train.sources) == len(folders)
+    sources = parts(tmp_path, "--images", "i", "--masks", "masks")
+    assert list(sources.given) == ["train"] and len(sources.train.sources) == len(folders)
 
 
 def test_coco_files_side_by_side(tmp_path):
@@ -86,8 +86,8 @@ def test_coco_files_side_by_side(tmp_path):
     for folder, stem in (("train2017", "train"), ("val2017", "val"), ("test2017", "test")):
         save(tmp_path, f"i/{folder}/a.png", f"i/{folder}/{stem}.png")
         save_coco(tmp_path / "annotations" / f"instances_{folder}.json", "a.png", f"{stem}.png")
-    found = parts(tmp_path, "--images", "i", "--coco", "annotations")
-    assert named(found, tmp_path) == {
+    sources = parts(tmp_path, "--images", "i", "--coco", "annotations")
+    assert named(sources, tmp_path) == {
         "train": ["i/train2017/a.png", "i/train2017/train.png"],
         "validation": ["i/val2017/a.png", "i/val2017/val.png"],
         "test": ["i/test2017/a.png", "i/test2017/test.png"],
@@ -99,8 +99,8 @@ def test_coco_files_beside_their_images(tmp_path):
     for folder in ("train", "valid"):
         save(tmp_path, f"i/{folder}/a.png", f"i/{folder}/b.png")
         save_coco(tmp_path / "i" / folder / "_annotations.coco.json", "a.png", "b.png")
-    found = parts(tmp_path, "--images", "i", "--coco", "i")
-    assert named(found, tmp_path) == {
+    sources = parts(tmp_path, "--images", "i", "--coco", "i")
+    assert named(sources, tmp_path) == {
         "train": ["i/train/a.png", "i/train/b.png"],
         "validation": ["i/valid/a.png", "i/valid/b.png"],
     }
@@ -157,8 +157,8 @@ def test_validation_and_test_images_of_ones_own(tmp_path):
     save_coco(tmp_path / "test.json", "d.png", "e.png")
     arguments = ["--images", "i", "--masks", "masks", "--validation-images", "v", "--validation-masks", "v_masks"]
     arguments += ["--test-images", "t", "--test-coco", "test.json"]
-    found = parts(tmp_path, *arguments)
-    assert named(found, tmp_path) == {
+    sources = parts(tmp_path, *arguments)
+    assert named(sources, tmp_path) == {
         "train": ["i/a.png", "i/b.png"],
         "validation": ["v/c.png"],
         "test": ["t/d.png", "t/e.png"],
@@ -171,13 +171,13 @@ def test_validation_and_test_images_of_ones_own(tmp_path):
 
 def test_a_single_training_image_is_used_whole_if_there_are_others_to_validate_on(tmp_path):
     save(tmp_path, "i/a.png", "masks/a.png", "v/c.png", "v_masks/c.png")
-    found = finetune.parse_args(
+    settings = finetune.parse_args(
         [
             *("--images", str(tmp_path / "i"), "--masks", str(tmp_path / "masks")),
             *("--validation-images", str(tmp_path / "v"), "--validation-masks", str(tmp_path / "v_masks")),
         ]
     )
-    samples, _ = read_data(found.data, MASK_SIDE, seed=0)
+    samples, _ = read_data(settings.data, MASK_SIDE, seed=0)
     assert [len(part[0].ids) for part in (samples.train, samples.validation)] == [6, 6]
 
 
@@ -185,8 +185,8 @@ def test_coco_annotations_of_one_folder_of_images(tmp_path):
     save(tmp_path, "i/a.png", "i/b.png", "i/c.png")
     save_coco(tmp_path / "train.json", "a.png", "b.png")
     save_coco(tmp_path / "held_out.json", "c.png")
-    found = parts(tmp_path, "--images", "i", "--coco", "train.json", "--validation-coco", "held_out.json")
-    assert named(found, tmp_path) == {"train": ["i/a.png", "i/b.png"], "validation": ["i/c.png"]}
+    sources = parts(tmp_path, "--images", "i", "--coco", "train.json", "--validation-coco", "held_out.json")
+    assert named(sources, tmp_path) == {"train": ["i/a.png", "i/b.png"], "validation": ["i/c.png"]}
 
 
 def test_no_image_is_in_two_parts(tmp_path):

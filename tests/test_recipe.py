@@ -278,9 +278,9 @@ def test_weights_worse_than_the_base_are_not_passed_off_as_better(photos, tmp_pa
     before, after = metrics["before"]["automatic"], metrics["after"]["automatic"]
     assert after < before and not metrics["better_than_base"]
     problem = f"no checkpoint is better than the base by automatic: {before:.3f} before, {after:.3f} after"
-    said = capsys.readouterr().out
-    assert f"Warning: {problem}" in said
-    assert f"clicks {metrics['before']['iou_clicks']:.3f} to {metrics['after']['iou_clicks']:.3f}" in said
+    output = capsys.readouterr().out
+    assert f"Warning: {problem}" in output
+    assert f"clicks {metrics['before']['iou_clicks']:.3f} to {metrics['after']['iou_clicks']:.3f}" in output
     assert problem in (tmp_path / "run" / "adapter" / "README.md").read_text()
 
 
@@ -289,8 +289,8 @@ def test_training_that_diverges(photos, tmp_path, capsys):
     """The first step has a learning rate of zero."""
     arguments = [*photos, *SMALL_RUN, "--learning-rate", "1e12", "--eval-every", "1", "--warmup-steps", "2"]
     metrics = run(tmp_path / "late", *arguments)
-    said = "Training diverged: at step 2, the validation loss is not a number. The weights of step 1 are used."
-    assert said in capsys.readouterr().out
+    note = "Training diverged: at step 2, the validation loss is not a number. The weights of step 1 are used."
+    assert note in capsys.readouterr().out
     assert metrics["steps"] == 2 and metrics["best_step"] == 1 and metrics["after"] == metrics["before"]
     assert "NaN" not in (tmp_path / "late" / "metrics.json").read_text(), "which is no JSON"
     arguments += ["--output", str(tmp_path / "early"), "--warmup-steps", "0"]

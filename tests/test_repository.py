@@ -67,8 +67,8 @@ torch.testing.assert_close(back(**inputs).pred_masks, merged(**inputs).pred_mask
 
 def blocks(page: str, language: str) -> str:
     """The code blocks of a page, one below the other."""
-    found = re.findall(rf"^( *)```{language}\n(.*?)^ *```", PAGES[page], re.MULTILINE | re.DOTALL)
-    return "\n".join(re.sub(rf"^{indentation}", "", code, flags=re.MULTILINE) for indentation, code in found)
+    matches = re.findall(rf"^( *)```{language}\n(.*?)^ *```", PAGES[page], re.MULTILINE | re.DOTALL)
+    return "\n".join(re.sub(rf"^{indentation}", "", code, flags=re.MULTILINE) for indentation, code in matches)
 
 
 @pytest.fixture
@@ -92,8 +92,8 @@ def test_python_blocks_run(page: str, checkout: Path, split_dir: Path) -> None:
     if page == "README.md":
         code = WITHOUT_OTHER_PACKAGES + code + IS_BACK_IN_STOCK
     output = run_python(f"import os\nos.chdir({str(checkout)!r})\nexec({code!r})", options=WARNINGS_ARE_ERRORS)
-    said = re.findall(r"It prints `([^`]+)`", PAGES[page]) + re.findall(r"# (trainable params: .*)", PAGES[page])
-    for text in said:
+    promised = re.findall(r"It prints `([^`]+)`", PAGES[page]) + re.findall(r"# (trainable params: .*)", PAGES[page])
+    for text in promised:
         assert text in output
 
 

@@ -71,8 +71,8 @@ def test_what_rounding_takes_is_said(dtype, tmp_path, convert):
     """And float32, which is offered, takes nothing."""
     effect = write_adapter(base_in(dtype, tmp_path / "base"), tmp_path / "adapter", 0.03)
     output = convert("to-sam base out --adapter adapter")
-    told = re.search(rf"Rounding to {dtype} changes the outputs by (\S+) \(relative\), which is (\d+)% of", output)
-    assert told, output
+    note = re.search(rf"Rounding to {dtype} changes the outputs by (\S+) \(relative\), which is (\d+)% of", output)
+    assert note, output
     assert "--dtype float32 avoids that" in output
 
     model = PeftModel.from_pretrained(split_class().from_pretrained("base", dtype=torch.float32), "adapter")
@@ -80,8 +80,8 @@ def test_what_rounding_takes_is_said(dtype, tmp_path, convert):
     written = SamModel.from_pretrained("out")
     assert written.dtype == getattr(torch, dtype)
     lost = largest_relative_error(example_outputs(written.float()), expected)
-    assert lost == pytest.approx(float(told[1]), rel=0.1)
-    assert lost / effect == pytest.approx(int(told[2]) / 100, abs=0.02)
+    assert lost == pytest.approx(float(note[1]), rel=0.1)
+    assert lost / effect == pytest.approx(int(note[2]) / 100, abs=0.02)
 
     assert "Rounding" not in convert("to-sam base whole --adapter adapter --dtype float32")
     whole = SamModel.from_pretrained("whole")
@@ -146,8 +146,8 @@ def test_a_wrong_conversion_of_an_adapter_is_noticed(size, target, tmp_path, con
     assemble = fused_adapters.assemble
 
     def forgetful(adapter, weights, factors, model):
-        kept = {name: part for name, part in factors.items() if ".layers.2." not in name}
-        return assemble(adapter, weights, kept, model)
+        others = {name: part for name, part in factors.items() if ".layers.2." not in name}
+        return assemble(adapter, weights, others, model)
 
     monkeypatch.setattr(fused_adapters, "assemble", forgetful)
     assert "its outputs differ from the source's by" in refused(command)

@@ -182,7 +182,7 @@ SAVES = [
 def test_deletes_what_stock_deletes(saves, load, stock, tmp_path):
     """That is its own shards of an earlier save, and nothing else."""
     others = {"model_best.safetensors", "model-ema.safetensors", "pytorch_model.bin"}
-    kept = []
+    sharded = []
     for name, model in (("split", load()), ("stock", stock)):
         path = tmp_path / name
         (path / "model-x.safetensors").mkdir(parents=True)
@@ -192,10 +192,10 @@ def test_deletes_what_stock_deletes(saves, load, stock, tmp_path):
         before = {file.name for file in path.iterdir()}
         model.save_pretrained(path, **saves[1])
         gone = before - {file.name for file in path.iterdir()}
-        kept.append({"-of-" in file for file in gone})
+        sharded.append({"-of-" in file for file in gone})
         assert others - gone <= {file.name for file in path.iterdir()}
         assert all(re.fullmatch(r"model(\.fp16)?-\d{5}-of-\d{5}\.(safetensors|bin)", file) for file in gone)
-    assert kept[0] == kept[1]
+    assert sharded[0] == sharded[1]
 
 
 def test_new_shards_beside_an_older_single_file_are_told_of(load, tmp_path, caplog):

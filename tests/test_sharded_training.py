@@ -25,7 +25,7 @@ def sharded_gradients(rank: int, folders: dict[str, str], result: str) -> None:
     warnings.simplefilter("ignore")  # torch, of its own parts
     torch.distributed.init_process_group("gloo", init_method=f"file://{result}.store", rank=rank, world_size=2)
     inputs = {name: tensor[rank : rank + 1] for name, tensor in torch.load(f"{result}.inputs").items()}
-    found = {}
+    results = {}
     for name, wrapped in itertools.product(("whole", "adapted"), ("FSDP1", "FSDP2")):
         torch.manual_seed(0)
         model = AutoModel.from_pretrained(folders["split"], trust_remote_code=True).double().train()
@@ -45,9 +45,9 @@ def sharded_gradients(rank: int, folders: dict[str, str], result: str) -> None:
             fully_shard(model, mesh=mesh)
             loss(model(**inputs)).backward()
             grads = {n: p.grad.full_tensor() for n, p in model.named_parameters() if p.grad is not None}
-        found[f"{wrapped} {name}"] = {n.replace("_fsdp_wrapped_module.", ""): grad for n, grad in grads.items()}
+        results[f"{wrapped} {name}"] = {n.replace("_fsdp_wrapped_module.", ""): grad for n, grad in grads.items()}
     if rank == 0:
-        torch.save(found, result)
+        torch.save(results, result)
     torch.distributed.destroy_process_group()
 
 
@@ -67,7 +67,7 @@ def test_sharded(models, split_dir, tmp_path, inputs):
     finally:
         for process in context.processes:
             process.kill()
-    found = torch.load(result)
+    results = torch.load(result)
 
     def averaged(run: Callable[[Tensors], Tensors], model: nn.Module) -> Tensors:
         total: Tensors = {}
@@ -83,8 +83,8 @@ def test_sharded(models, split_dir, tmp_path, inputs):
         "whole": averaged(lambda one: plain(stock, one), stock),
         "adapted": averaged(adapter_gradients(model), model),
     }
-    assert len(found) == 4
-    for name, grads in found.items():
+    assert len(results) == 4
+    for name, grads in results.items():
         wanted = expected[name.split()[1]]
         grads = joined(grads) if "whole" in name else grads
         unused = grads.keys() - wanted.keys()

@@ -8,7 +8,7 @@ from segmentation.segments import Segment, as_labels, iou_matrix, segment_of, se
 from segmentation.tiling import joined, tile_windows
 
 
-def found(labels: np.ndarray, side: int, overlap: float, ratings=lambda number: 0.9) -> list:
+def predicted(labels: np.ndarray, side: int, overlap: float, ratings=lambda number: 0.9) -> list:
     """What a perfect model finds in each tile."""
     groups = []
     for window in tile_windows(labels.shape, side, overlap):
@@ -30,7 +30,7 @@ def test_objects_are_whole_again(size, overlap):
     labels = cells(size=size)
     truth = segments_of(labels)
     assert len(truth) > 5
-    segments = joined(found(labels, 64, overlap), labels.shape, 0.5)
+    segments = joined(predicted(labels, 64, overlap), labels.shape, 0.5)
     assert len(segments) == len(truth)
     assert iou_matrix(truth, segments).max(1).tolist() == [1] * len(truth)
     assert sorted(np.unique(as_labels(segments, labels.shape), return_counts=True)[1]) == sorted(
@@ -41,7 +41,7 @@ def test_objects_are_whole_again(size, overlap):
 def test_whole_masks_go_before_parts_and_better_ones_before_worse():
     labels = np.zeros((20, 60), int)
     labels[5:15, 22:30] = 1
-    (first, one), (second, two) = found(labels, 40, 0.5)
+    (first, one), (second, two) = predicted(labels, 40, 0.5)
     assert (one[0].box, two[0].box) == ((22, 5, 30, 15), (22, 5, 30, 15))
     worse = Segment(22, 5, np.ones((10, 7), bool), 0.5, 0.8)
     (segment,) = joined([(first, [worse]), (second, two)], labels.shape, 0.9)
@@ -54,13 +54,13 @@ def test_whole_masks_go_before_parts_and_better_ones_before_worse():
 def test_neighbours_that_touch_stay_apart():
     labels = np.zeros((20, 60), int)
     labels[5:15, 20:30], labels[5:15, 30:40] = 1, 2
-    assert len(joined(found(labels, 40, 0.5), labels.shape, 0.5)) == 2
+    assert len(joined(predicted(labels, 40, 0.5), labels.shape, 0.5)) == 2
 
 
 def test_overlapping_masks_of_one_tile_stay_apart():
     labels = np.zeros((20, 60), int)
     labels[5:15, 5:15] = 1
-    (first, one), (second, _) = found(labels, 40, 0.5)
+    (first, one), (second, _) = predicted(labels, 40, 0.5)
     nested = Segment(5, 5, np.ones((10, 8), bool), 0.8, 0.8)  # IoU 0.8
     assert len(joined([(first, [*one, nested]), (second, [])], labels.shape, 0.9)) == 2
 
@@ -68,7 +68,7 @@ def test_overlapping_masks_of_one_tile_stay_apart():
 def test_parts_that_are_put_together_keep_their_mean_rating():
     labels = np.zeros((20, 100), int)
     labels[5:15, 10:90] = 1
-    (segment,) = joined(found(labels, 40, 0.5), labels.shape, 0.5)
+    (segment,) = joined(predicted(labels, 40, 0.5), labels.shape, 0.5)
     assert (segment.area, segment.rating, segment.stability) == (800, pytest.approx(0.9), pytest.approx(0.8))
 
 

@@ -74,8 +74,8 @@ def some_gradients(model: nn.Module, inputs: Tensors) -> Tensors:
     """Of the image, and of the tables alone."""
     image = inputs["pixel_values"].clone().requires_grad_()
     chosen = {name: parameter for name, parameter in model.named_parameters() if "rel_pos" in name}
-    found = torch.autograd.grad(loss(model(**{**inputs, "pixel_values": image})), [image, *chosen.values()])
-    return dict(zip(["image", *chosen], found, strict=True))
+    grads = torch.autograd.grad(loss(model(**{**inputs, "pixel_values": image})), [image, *chosen.values()])
+    return dict(zip(["image", *chosen], grads, strict=True))
 
 
 def frozen(model: nn.Module, inputs: Tensors) -> Tensors:
@@ -116,10 +116,10 @@ def backward_hooks(model: nn.Module, inputs: Tensors) -> Tensors:
     for name, module in model.named_modules():
         if name.endswith(("lin2", "neck.conv1", ".proj", ".1", "layer_norm1")) and "vision_encoder.layers" in name:
             module.register_full_backward_hook(hook(name))
-    found = plain(model, inputs)
+    results = plain(model, inputs)
     assert len(seen) == 2 * (3 + 1 + 3 + 3)
     # stock projects the windows one by one, and with their padding
-    return found | {name: tensor for name, tensor in seen.items() if ".attn.proj" not in name}
+    return results | {name: tensor for name, tensor in seen.items() if ".attn.proj" not in name}
 
 
 def tied_layers(model: nn.Module, inputs: Tensors) -> Tensors:
@@ -131,21 +131,21 @@ def tied_layers(model: nn.Module, inputs: Tensors) -> Tensors:
 
 def from_threads(model: nn.Module, inputs: Tensors) -> Tensors:
     """Two at once on the same weights, as `DataParallel` and Hogwild run them."""
-    found: dict[int, Tensors] = {}
+    grads_of: dict[int, Tensors] = {}
 
     def run(index: int) -> None:
         parameters = parameters_of(model)
         outputs = model(**{name: tensor[index : index + 1] for name, tensor in inputs.items()})
         grads = torch.autograd.grad(loss(outputs), list(parameters.values()), allow_unused=True)
         named = dict(zip(parameters, grads, strict=True)).items()
-        found[index] = joined({name: grad for name, grad in named if grad is not None})
+        grads_of[index] = joined({name: grad for name, grad in named if grad is not None})
 
     threads = [threading.Thread(target=run, args=(index,)) for index in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return {f"{name} of {index}": tensor for index, tensors in found.items() for name, tensor in tensors.items()}
+    return {f"{name} of {index}": tensor for index, tensors in grads_of.items() for name, tensor in tensors.items()}
 
 
 def replicas(model: nn.Module, inputs: Tensors) -> Tensors:
@@ -262,9 +262,9 @@ def test_autocast_around_forward_or_backward_alone(forward, backward, models, pa
             total = loss(model(**{name: tensor.float() for name, tensor in inputs.items()}))
         with torch.autocast("cpu", torch.bfloat16, enabled=backward):
             total.backward()
-        found = gradients(parameters_of(model))
-        assert found.keys() == reference.keys() - {"output", "after"}
-        relative = [(found[n] - reference[n]).norm() / reference[n].norm() for n in found if reference[n].any()]
+        actual = gradients(parameters_of(model))
+        assert actual.keys() == reference.keys() - {"output", "after"}
+        relative = [(actual[n] - reference[n]).norm() / reference[n].norm() for n in actual if reference[n].any()]
         errors.append(torch.stack(relative).mean().item())
     stock, split = errors
     assert 0 < split <= 1.25 * stock
@@ -277,7 +277,7 @@ def test_dropout_of_attention(split, stock_eager, inputs, monkeypatch):
         mask = torch.rand(tensor.shape, generator=torch.Generator().manual_seed(7)) >= p
         return tensor * mask / (1 - p) if training else tensor
 
-    found = []
+    results = []
     split.set_attn_implementation("eager")
     for model in (stock_eager, split):
         without = plain(model, inputs)["output"]
@@ -286,6 +286,6 @@ def test_dropout_of_attention(split, stock_eager, inputs, monkeypatch):
             layer.attn.dropout = 0.3
         with monkeypatch.context() as context:
             context.setattr(nn.functional, "dropout", dropout)
-            found.append(plain(model, inputs))
-        assert not torch.allclose(found[-1]["output"], without, rtol=1e-3)
-    assert_same_outputs(found[1], found[0], 1e-5)
+            results.append(plain(model, inputs))
+        assert not torch.allclose(results[-1]["output"], without, rtol=1e-3)
+    assert_same_outputs(results[1], results[0], 1e-5)

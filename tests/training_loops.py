@@ -66,17 +66,17 @@ def loss(outputs) -> torch.Tensor:
 
 def joined(tensors: Tensors, dim: int = 0) -> Tensors:
     """Those of q, k and v as one, as stock's qkv has them. A bias of keys alone has none but noise."""
-    found = {name: tensor for name, tensor in tensors.items() if not name.endswith("k_proj.bias")}
-    for name in [name for name in found if ".attn.q." in name]:
-        parts = [found.pop(name.replace(".q.", f".{part}.")) for part in "qkv"]
-        found[name.replace(".q.", ".qkv.")] = torch.cat(parts, dim)
-    return found
+    grads = {name: tensor for name, tensor in tensors.items() if not name.endswith("k_proj.bias")}
+    for name in [name for name in grads if ".attn.q." in name]:
+        parts = [grads.pop(name.replace(".q.", f".{part}.")) for part in "qkv"]
+        grads[name.replace(".q.", ".qkv.")] = torch.cat(parts, dim)
+    return grads
 
 
 def gradients(parameters: dict[str, nn.Parameter]) -> Tensors:
-    found = {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
-    assert any(".attn." in name or ".mlp." in name for name in found)
-    return joined(found)
+    grads = {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
+    assert any(".attn." in name or ".mlp." in name for name in grads)
+    return joined(grads)
 
 
 def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -147,8 +147,8 @@ def adapter_gradients(model: nn.Module, *, context=contextlib.nullcontext, betwe
         between(model)
         torch.manual_seed(8)
         loss(outputs).backward()
-        found = {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
-        assert found and all(tensor.any() for tensor in found.values())
-        return {"output": outputs.pred_masks.detach(), **found}
+        grads = {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
+        assert grads and all(tensor.any() for tensor in grads.values())
+        return {"output": outputs.pred_masks.detach(), **grads}
 
     return step

@@ -25,5 +25,5 @@ def annotations_of(session: Session) -> Annotations:
 
 def result_of(session: Session) -> SegmentedImage:
     """Returns the image, its objects, and the clicks on them."""
-    prompts = [found.prompt.prompted for found in session.objects if found.prompt]
+    prompts = [each.prompt.prompted for each in session.objects if each.prompt]
     return SegmentedImage(session.image.name, session.image.pixels, session.segments, prompts)

@@ -132,8 +132,8 @@ class SharedModel:
         """`find`, on the GPU if there is one."""
         here = on_device(encoded, self.predictor.model.device)
         with self.adapter(adapted):
-            found = find_candidates(self.predictor, here, settings.grid, settings.min_iou, settings.min_stability)
-        return replace(found, encoded=encoded)
+            candidates = find_candidates(self.predictor, here, settings.grid, settings.min_iou, settings.min_stability)
+        return replace(candidates, encoded=encoded)
 
     def default_choice(self, masks: Sequence[Segment], prompts: ObjectPrompts) -> int:
         """Returns the index of the mask that the settings choose among those of `decode`."""

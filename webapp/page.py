@@ -261,7 +261,7 @@ class Page:
     def find_again(self, session: Session | None, *values: float) -> list[Any]:
         """Applies other thresholds to objects that were found from the grid."""
         session = required(session)
-        if session.search is None or any(found.prompt for found in session.objects):
+        if session.search is None or any(each.prompt for each in session.objects):
             return [gr.skip()] * len(self.views)
         return self.find_all(session, *values)
 
@@ -269,7 +269,7 @@ class Page:
         """Shows the masks without the adapter beside those with it."""
         session = required(session)
         before, after = actions.without_adapter(session), session.segments
-        is_paired = all(found.prompt for found in session.objects)  # then an object keeps its colour
+        is_paired = all(each.prompt for each in session.objects)  # then an object keeps its colour
         colours = distinct_colours(after) if is_paired else None
         pictures = [draw_masks(session.image, segments, colours) for segments in (before, after)]
         return tuple(pictures), f"Objects: {len(before)} before, {len(after)} after."

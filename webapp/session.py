@@ -55,7 +55,7 @@ class Prompt:
 
 
 @dataclass(frozen=True, eq=False)
-class Found:
+class SegmentedObject:
     """An object: its mask, and how it was found.
 
     Args:
@@ -79,7 +79,7 @@ class Marks:
         choice: Which of its masks the user has chosen; None for the one that the settings choose.
     """
 
-    objects: tuple[Found, ...] = ()
+    objects: tuple[SegmentedObject, ...] = ()
     prompt: Prompt = field(default_factory=Prompt)
     choice: int | None = None
 
@@ -130,19 +130,19 @@ class Session:
         return self.marks.choice or 0
 
     @property
-    def current(self) -> Found | None:
+    def current(self) -> SegmentedObject | None:
         """The object that is being clicked on."""
-        return Found(self.masks[self.choice], self.marks.prompt, self.choice) if self.masks else None
+        return SegmentedObject(self.masks[self.choice], self.marks.prompt, self.choice) if self.masks else None
 
     @property
-    def objects(self) -> list[Found]:
+    def objects(self) -> list[SegmentedObject]:
         """All objects, the current one last."""
         return [*self.marks.objects, *([self.current] if self.current else [])]
 
     @property
     def segments(self) -> list[Segment]:
         """Their masks."""
-        return [found.segment for found in self.objects]
+        return [each.segment for each in self.objects]
 
 
 def add_click(session: Session, place: tuple[float, float], mode: str) -> Session:
@@ -242,9 +242,9 @@ def find_all(session: Session, settings: SegmentationSettings) -> Session:
             f"{len(segments):,} masks are above the thresholds, and the page shows at most {MOST_OBJECTS:,}: raise "
             "the rating or the stability, lower the overlap, or use segment.py."
         )
-    kept = search.candidates if sum(len(tile.ratings) for tile in tiles) <= MOST_CANDIDATES else ()
-    session = replace(session, search=replace(search, candidates=kept, settings=settings))
-    return marked(session, objects=tuple(map(Found, segments)), prompt=Prompt(), choice=None)
+    reusable = search.candidates if sum(len(tile.ratings) for tile in tiles) <= MOST_CANDIDATES else ()
+    session = replace(session, search=replace(search, candidates=reusable, settings=settings))
+    return marked(session, objects=tuple(map(SegmentedObject, segments)), prompt=Prompt(), choice=None)
 
 
 def nothing_found(tiles: Sequence[Candidates], settings: SegmentationSettings) -> str:
@@ -269,12 +269,12 @@ def without_adapter(session: Session) -> list[Segment]:
     """Returns what the base model makes of the same prompts and, if objects were found from a grid, of this grid."""
     image = session.image
     segments: list[Segment] = []
-    if session.search and any(found.prompt is None for found in session.objects):
+    if session.search and any(each.prompt is None for each in session.objects):
         settings = session.search.settings
         segments += by_area(image.model.choose(image.candidates(settings, adapted=False), image.size, settings))
-    for found in session.objects:
-        if found.prompt:
-            segments.append(image.masks(found.prompt.prompted, adapted=False)[found.choice])
+    for each in session.objects:
+        if each.prompt:
+            segments.append(image.masks(each.prompt.prompted, adapted=False)[each.choice])
     return segments
 
 
