@@ -39,9 +39,10 @@ def image() -> torch.Tensor:
 
 
 def errors(model: nn.Module, image: torch.Tensor, exact: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Relative errors of the output and of all gradients."""
+    """Relative errors of the output and of all gradients but that of the last bias, which is the same for all models."""
     results = outputs_and_gradients(model, image)
-    return torch.stack([(results[name] - value).norm() / value.norm() for name, value in exact.items()])
+    names = exact.keys() - {"neck.layer_norm2.bias"}
+    return torch.stack([(results[name] - exact[name]).norm() / exact[name].norm() for name in names])
 
 
 def assert_as_exact(ours: torch.Tensor, theirs: torch.Tensor) -> None:
@@ -51,7 +52,8 @@ def assert_as_exact(ours: torch.Tensor, theirs: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("channels", CHANNELS)
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
-def test_as_exact_as_stock(dtype, channels, image):
+def test_as_exact_as_stock(dtype, channels, image, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # of convolutions, on by default
     stock, split = encoders(channels)
     exact = outputs_and_gradients(stock.double(), image.double())
     ours, theirs = (errors(model.to(dtype), image.to(dtype), exact) for model in (split, stock))
