@@ -31,22 +31,22 @@ def main(arguments: list[str] | None = None) -> None:
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", help="folder or Hub id of a SAM v1 (default: that of the adapter, or sam-tiny)")
+    parser.add_argument("--base", help="folder or Hub id of a SAM v1 (the adapter's, or sam-tiny)")
     parser.add_argument("--revision", help="branch, tag or commit of the base on the Hub")
     parser.add_argument("--adapter", help="folder or Hub id of an adapter")
     parser.add_argument("--adapter-revision", help="branch, tag or commit of the adapter on the Hub")
-    parser.add_argument("--images", type=Path, help="folder of images to choose from (default: the coins)")
-    parser.add_argument("--port", type=int, help="port of the page (default: a free one from 7860)")
+    parser.add_argument("--images", type=Path, help="folder of images to choose from (the coins)")
+    parser.add_argument("--port", type=int, help="port of the page (a free one from 7860)")
     add_reading_arguments(add_arguments(parser))
     args = parser.parse_args(arguments)
     if args.port is not None and not 0 < args.port < 2**16:
-        parser.error(f"--port {args.port}: expected a number from 1 to 65535")
+        parser.error(f"--port {args.port}: expected a number from 1 to 65535.")
     if args.adapter_revision and not args.adapter:
-        parser.error("--adapter-revision: expected --adapter with it")
+        parser.error("--adapter-revision: expected --adapter, too.")
     if args.revision and not (args.base or args.adapter):
-        parser.error("--revision: expected --base or --adapter with it")
+        parser.error("--revision: expected --base or --adapter, too.")
     if args.images and not args.images.is_dir():
-        parser.error(f"--images {args.images}: expected a folder")
+        parser.error(f"--images {args.images}: expected a folder.")
     return args
 
 

@@ -25,7 +25,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 
 MODEL, ADAPTER = (str, "folder or Hub id of a model"), (str, "folder or Hub id of a LoRA adapter")
-FOLDER, META_FILE = (Path, "folder to write"), (Path, "a checkpoint in Meta's layout, such as sam_vit_b_01ec64.pth")
+FOLDER, META_FILE = (Path, "folder to write"), (Path, "checkpoint in Meta's layout, such as sam_vit_b_01ec64.pth")
 
 
 def parse_args() -> argparse.Namespace:
@@ -40,31 +40,39 @@ def parse_args() -> argparse.Namespace:
 def add_model_commands(commands: argparse._SubParsersAction) -> None:
     """Adds the commands that convert whole models."""
     command = add(commands, to_sam, "split model to stock SamModel", source=MODEL, destination=FOLDER)
-    command.add_argument("--adapter", help="folder or Hub id of a PEFT adapter, to be merged")
+    command.add_argument("--adapter", help="folder or Hub id of a PEFT adapter to merge")
     command.add_argument("--dtype", choices=DTYPES, help="dtype of the weights to write (that of SOURCE)")
     add(commands, to_split, "stock SamModel to split model", source=MODEL, destination=FOLDER)
     command = add(commands, from_meta, "Meta's layout to split model", file=META_FILE, destination=FOLDER)
     command.add_argument("--stock", action="store_true", help="write a stock SamModel instead")
     command.add_argument(
-        "--decoder-heads", type=int, help="attention heads of the decoder (Meta's 8): no file records them"
+        "--decoder-heads", type=int, help="attention heads of the decoder, which no file records (Meta's 8)"
     )
-    for name in ("mean", "std"):
-        summary = f"{name} of the training images, for values of 0 to 1 (ImageNet's)"
+    for name, other in (("mean", "0 beside --image-std"), ("std", "1 beside --image-mean")):
+        summary = f"{name} of the training images, for values of 0 to 1 (the file's, or ImageNet's; {other})"
         command.add_argument(f"--image-{name}", nargs=3, type=float, metavar=("R", "G", "B"), help=summary)
     command.add_argument(
-        "--rescale", choices=["min-max"], help="if each training image was stretched to 0 to 1, as by MedSAM"
+        "--rescale", choices=["min-max"], help="min-max if each training image was stretched to 0 to 1, as by MedSAM"
     )
-    add(commands, to_meta, "split or stock model to Meta's layout", source=MODEL, file=META_FILE)
+    add(
+        commands,
+        to_meta,
+        "split or stock model to Meta's layout",
+        source=MODEL,
+        file=(Path, "file to write, such as sam.pth"),
+    )
     summary = "split or stock model to ONNX: an encoder and a decoder"
     command = add(commands, to_onnx, summary, source=MODEL, destination=FOLDER)
     command.add_argument(
-        "--interface", choices=INTERFACES, default="transformers", help="which tools the files are for"
+        "--interface", choices=INTERFACES, default="transformers", help="tools that the files are for (%(default)s)"
     )
-    command.add_argument("--adapter", help="folder or Hub id of a PEFT adapter, to be merged")
+    command.add_argument("--adapter", help="folder or Hub id of a PEFT adapter to merge")
     command.add_argument(
-        "--dtype", choices=DTYPES[:2], default="float32", help="dtype of the weights, not of the inputs"
+        "--dtype", choices=DTYPES[:2], default="float32", help="dtype of the weights, not of the inputs (%(default)s)"
     )
-    command.add_argument("--all-masks", action="store_true", help="of sam: return all four masks, not one of them")
+    command.add_argument(
+        "--all-masks", action="store_true", help="for --interface sam: return all four masks, not one of them"
+    )
 
 
 def add_adapter_commands(commands: argparse._SubParsersAction) -> None:
@@ -74,20 +82,28 @@ def add_adapter_commands(commands: argparse._SubParsersAction) -> None:
         (adapter_to_split, "LoRA of stock SAM's qkv to LoRA of q, k, v", "split"),
     ):
         command = add(commands, function, summary, source=ADAPTER, destination=FOLDER)
-        command.add_argument("--base", help="the model it was trained on, split or stock, if the adapter names none")
+        command.add_argument("--base", help="model that it was trained on, split or stock (the one that it names)")
         add_base_model(command, kind)
-    file = (Path, "what SAMed's save_lora_parameters() wrote")
+    file = (Path, "file that SAMed's save_lora_parameters() wrote")
     command = add(commands, from_samed, "LoRA of SAMed or Sam_LoRA to LoRA of q, v", file=file, destination=FOLDER)
-    command.add_argument("--base", required=True, help="the model that training began with, split or stock")
-    command.add_argument("--layers", nargs="+", type=int, metavar="N", help="the adapted blocks, if not all are")
-    command.add_argument("--base-output", type=Path, metavar="FOLDER", help="write a base with the file's decoder")
-    command.add_argument("--image-size", type=int, metavar="PIXELS", help="resize that base as SAMed does")
+    command.add_argument("--base", required=True, help="model that training began with, split or stock")
+    command.add_argument(
+        "--layers", nargs="+", type=int, metavar="N", help="numbers of the adapted blocks, from 0 (all)"
+    )
+    command.add_argument(
+        "--base-output", type=Path, metavar="FOLDER", help="folder for another base, with the file's decoder"
+    )
+    command.add_argument(
+        "--image-size", type=int, metavar="PIXELS", help="image side of that base, which is resized as SAMed does"
+    )
     add_base_model(command)
-    file = (Path, "a checkpoint of micro-sam, such as best.pt")
+    file = (Path, "checkpoint of micro-sam, such as best.pt")
     summary = "LoRA or FacT of micro-sam to LoRA, and its base"
     command = add(commands, from_micro_sam, summary, file=file, destination=FOLDER)
-    command.add_argument("--base", help="a model to use instead of the one in FILE")
-    command.add_argument("--decoder-heads", type=int, help="attention heads of the decoder, if not Meta's 8")
+    command.add_argument("--base", help="model to use as base instead of the one in FILE")
+    command.add_argument(
+        "--decoder-heads", type=int, help="attention heads of the decoder, which no file records (Meta's 8)"
+    )
     add_base_model(command)
 
 
@@ -118,7 +134,7 @@ def main() -> None:
     with quiet(), one_line_errors(ValueError, RuntimeError, prefix=f"convert.py: cannot convert {source}: "):
         error = function(**arguments)
     written = arguments.get("destination", arguments.get("file"))
-    difference = f"differ by {error:.1e} of the largest value" if error else "are equal"
+    difference = f"differ by {error:.1e}, relative to the largest" if error else "are equal"
     print(f"Wrote {written}. Masks and scores for a fixed image {difference}.")
 
 

@@ -35,10 +35,12 @@ def main() -> None:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", default=str(SAM_TINY), help="folder or Hub id of a SAM v1")
-    parser.add_argument("--output", type=Path, default=Path("build/demo"), help="results folder (%(default)s)")
+    parser.add_argument(
+        "--base", default=str(SAM_TINY), help="folder or Hub id of a stock SAM v1 (checkpoints/sam-tiny)"
+    )
+    parser.add_argument("--output", type=Path, default=Path("build/demo"), help="folder for all results (%(default)s)")
     parser.add_argument("--steps", type=int, default=200, help="optimizer steps (%(default)s)")
-    parser.add_argument("--minutes", type=float, default=5, help="time limit of training (%(default)s)")
+    parser.add_argument("--minutes", type=float, default=5, help="time limit of training, in minutes (%(default)s)")
     return parser.parse_args()
 
 

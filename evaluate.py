@@ -69,23 +69,27 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("model")
     group.add_argument("--adapter", help="folder or Hub id of an adapter")
     group.add_argument("--model", help="folder or Hub id of a whole model, instead of an adapter")
-    group.add_argument("--base", help="folder or Hub id of the base to compare with (the adapter's, or sam-tiny)")
+    group.add_argument("--base", help="folder or Hub id of the model before (the adapter's base, or sam-tiny)")
     group.add_argument("--revision", help="branch, tag or commit of the base on the Hub")
 
     group = parser.add_argument_group("what to evaluate")
-    group.add_argument("--held-out", action="store_true", help="only what finetune.py holds out for validation")
-    group.add_argument("--seed", type=int, help="that of finetune.py, which chose what is held out (0)")
-    group.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="ways to prompt")
-    group.add_argument("--clicks", type=int, default=8, help="most clicks on an object")
+    group.add_argument(
+        "--held-out", action="store_true", help="evaluate on what finetune.py holds out for validation only"
+    )
+    group.add_argument("--seed", type=int, help="seed of finetune.py, which chose what is held out (0)")
+    group.add_argument(
+        "--modes", nargs="+", choices=MODES, default=list(MODES), help="ways to prompt; automatic is without prompts"
+    )
+    group.add_argument("--clicks", type=int, default=8, help="clicks on each object, in all")
 
     add_arguments(parser)
 
     group = parser.add_argument_group("output")
-    group.add_argument(
-        "--output", type=Path, default=Path("build/evaluate"), help="folder for all results (%(default)s)"
-    )
+    group.add_argument("--output", type=Path, default=Path("build/evaluate"), help="folder for all results")
     group.add_argument("--force", action="store_true", help="replace what an earlier run wrote there")
-    group.add_argument("--push", action="store_true", help="write the results into the adapter's card on the Hub")
+    group.add_argument(
+        "--push", action="store_true", help="write the results into the card of the adapter or the model on the Hub"
+    )
     args = parser.parse_args(arguments)
     if args.adapter and args.model:
         parser.error("--adapter and --model are both given: expected one of them.")

@@ -31,12 +31,12 @@ def parse_args(arguments: list[str] | None = None) -> SegmentationRequest:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", type=Path, nargs="+", help="PNG, JPEG, TIFF, BMP or WebP files, or folders of them")
     group = parser.add_argument_group("what to segment")
-    group.add_argument("--everything", action="store_true", help="all objects, from a grid of points")
+    group.add_argument("--everything", action="store_true", help="find all objects, from a grid of points")
     for name, numbers, text in (
         ("--point", ("X", "Y"), "a point in an object; each --point and --box is a new object"),
         ("--box", ("LEFT", "TOP", "RIGHT", "BOTTOM"), "the box of an object"),
         ("--also", ("X", "Y"), "one more point in the last object"),
-        ("--not", ("X", "Y"), "a point outside of the last object"),
+        ("--not", ("X", "Y"), "a point outside the last object"),
     ):
         group.add_argument(
             name, dest="prompts", nargs=len(numbers), type=float, action=Prompt, default=[], metavar=numbers, help=text
@@ -46,7 +46,7 @@ def parse_args(arguments: list[str] | None = None) -> SegmentationRequest:
 
     group = parser.add_argument_group("model")
     group.add_argument("--adapter", help="folder or Hub id of an adapter")
-    group.add_argument("--base", help="folder or Hub id of a SAM v1 (default: that of the adapter, or sam-tiny)")
+    group.add_argument("--base", help="folder or Hub id of a SAM v1 (the adapter's, or sam-tiny)")
     group.add_argument("--revision", help="branch, tag or commit of the base on the Hub")
 
     group = add_arguments(parser)
@@ -55,7 +55,8 @@ def parse_args(arguments: list[str] | None = None) -> SegmentationRequest:
         "--pipeline",
         choices=("ours", "stock"),
         default="ours",
-        help="stock: for --everything, the pipeline of transformers, which cleans no masks and compares boxes",
+        help="stock: the mask-generation pipeline of transformers, for --everything; it cleans no masks, and finds "
+        "duplicates by their boxes (%(default)s)",
     )
 
     group = parser.add_argument_group("output")
@@ -68,11 +69,14 @@ def parse_args(arguments: list[str] | None = None) -> SegmentationRequest:
     ways = [args.everything, bool(args.prompts), bool(args.coco), bool(args.masks)]
     if sum(ways) != 1:
         parser.error("expected one of --point and --box, --coco, --masks or --everything.")
+    for name in ("grid", "min_iou", "min_stability", "max_overlap"):
+        if getattr(args, name) is not None and not args.everything:
+            parser.error(f"--{name.replace('_', '-')}: expected --everything, too.")
     if args.pipeline == "stock":
         if not args.everything or args.tile:
             parser.error("--pipeline stock: expected --everything, without --tile.")
         if not is_torchvision_available():
-            parser.error("--pipeline stock needs torchvision to remove duplicate masks: pip install torchvision.")
+            parser.error("--pipeline stock: expected torchvision, which finds duplicates: pip install torchvision.")
     return SegmentationRequest(
         args.images,
         args.prompts,

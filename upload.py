@@ -78,53 +78,75 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--base", help=f"folder or Hub id of a SAM v1, stock or split ({DEFAULT_BASE}, or that of --adapter)"
     )
-    parser.add_argument("--base-revision", help="its branch, tag or commit")
-    parser.add_argument("--output", type=Path, help="folder to keep what is staged in")
-    parser.add_argument("--force", action="store_true", help="replace an earlier output in OUTPUT")
-    parser.add_argument("--max-shard-size", default="5GB", help="largest weight file, such as 500MB (%(default)s)")
-    facts = parser.add_argument_group("facts for the model card, which the base's own card does not name")
+    parser.add_argument("--base-revision", help="branch, tag or commit of the base on the Hub")
+    parser.add_argument("--output", type=Path, help="folder to stage in (a temporary one)")
+    parser.add_argument("--force", action="store_true", help="replace an earlier output in --output")
+    parser.add_argument(
+        "--max-shard-size", default="5GB", help="size of the largest weight file, such as 500MB (%(default)s)"
+    )
+    facts = parser.add_argument_group("facts for the model card, as far as the base's own card does not state them")
     facts.add_argument("--license", help="the Hub's name of the licence of the weights, such as apache-2.0, or other")
-    facts.add_argument("--license-name", help="its name, for --license other")
-    facts.add_argument("--license-link", help="URL of its text, or the name of a file beside the base")
+    facts.add_argument("--license-name", help="name of the licence, for --license other")
+    facts.add_argument("--license-link", help="URL of the licence's text, or the name of a file beside the base")
     facts.add_argument(
         "--base-model",
         nargs="+",
         metavar="USER/NAME",
-        help="the models on the Hub that a base in a folder was made from",
+        help="Hub ids of the models that a base in a folder was made from",
     )
-    parser.add_argument("--repo-id", help="USER/NAME on the Hub to push to")
-    parser.add_argument("--space", metavar="USER/NAME", help="Space to push, with the page of app.py for the base")
-    parser.add_argument("--adapter", help="Hub id of an adapter for the Space, on its own base or on --base")
-    parser.add_argument("--adapter-revision", help="its branch, tag or commit")
-    parser.add_argument("--private", action="store_true", help="create the repo as a private one")
+    parser.add_argument("--repo-id", metavar="USER/NAME", help="model repo on the Hub to push to; created if missing")
+    parser.add_argument(
+        "--space",
+        metavar="USER/NAME",
+        help="Space on the Hub to push to, with the page of app.py for --base or --adapter",
+    )
+    parser.add_argument("--adapter", help="Hub id of an adapter for the Space, on --base or the base that it names")
+    parser.add_argument("--adapter-revision", help="branch, tag or commit of the adapter on the Hub")
+    parser.add_argument("--private", action="store_true", help="create the repo as private")
     target = parser.add_mutually_exclusive_group()
-    target.add_argument("--revision", help="branch to push to; created if missing (default: main)")
+    target.add_argument("--revision", help="branch to push to; created if missing (main)")
     target.add_argument("--create-pr", action="store_true", help="open a pull request instead")
-    parser.add_argument("--commit-message", help="first line of the commit message (Split BASE)")
-    parser.add_argument("--token-file", type=Path, help="file with a token; else HF_TOKEN or that of `hf auth login`")
-    parser.add_argument("--dry-run", action="store_true", help="only show what would be pushed")
+    parser.add_argument("--commit-message", help="first line of the commit message (Split BASE, or Update the page)")
+    parser.add_argument("--token-file", type=Path, help="file with a Hub token (HF_TOKEN, or `hf auth login`)")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="stage, verify and show what would be pushed, but push nothing"
+    )
     args = parser.parse_args()
     args.base = args.base or (None if args.adapter else DEFAULT_BASE)
     if not args.output and not args.repo_id and not args.space:
-        parser.error("give --output to stage a model repo, --repo-id to push one, or both; or --space")
+        parser.error("expected --output to stage a model repo, --repo-id to push one, both, or --space.")
     if args.space and args.repo_id:
-        parser.error("--space and --repo-id: push the model first, then its Space")
+        parser.error("--space and --repo-id: expected one of them. Push the model first, then its Space.")
     if args.adapter and not args.space:
-        parser.error("--adapter is for --space; to push a model with an adapter, merge it first")
+        parser.error("--adapter: expected --space, too. To push a model with an adapter, merge it first.")
     targets = [(f"--{name.replace('_', '-')}", [value] if (value := getattr(args, name)) else []) for name in TARGETS]
     for option, names in (*targets, ("--base-model", args.base_model)):
         for name in names or []:
             if not is_hub_id(name):
-                parser.error(f"{option} {name}: expected USER/NAME")
+                parser.error(f"{option} {name}: expected USER/NAME.")
     if not re.fullmatch(r"\d+(\.\d+)?[KMGT]I?B", args.max_shard_size, re.IGNORECASE):
-        parser.error(f"--max-shard-size {args.max_shard_size}: expected a number and its unit, such as 500MB or 5GB")
+        parser.error(f"--max-shard-size {args.max_shard_size}: expected a number and its unit, such as 500MB or 5GB.")
     if args.license == UNKNOWN:
-        parser.error("--license unknown: expected the licence that the authors of the weights have given them")
+        parser.error("--license unknown: expected the licence that the authors of the weights have given them.")
     if args.license == OTHER and not (args.license_name and args.license_link):
-        parser.error("--license other: the Hub wants --license-name and --license-link with it")
-    if args.dry_run and not args.repo_id and not args.space:
-        parser.error("--dry-run needs the --repo-id that would be pushed to; --output alone pushes nothing")
+        parser.error("--license other: expected --license-name and --license-link, too, as the Hub wants them.")
+    refuse_idle_options(parser, args)
     return args
+
+
+def refuse_idle_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Exits if an option would change nothing."""
+    pushes = bool(args.repo_id or args.space)
+    of_a_push = ("private", "revision", "create_pr", "commit_message", "dry_run")
+    of_a_model_card = ("license", "license_name", "license_link", "base_model")
+    for names, applies, problem in (
+        (of_a_push, pushes, "expected --repo-id or --space, too. --output alone pushes nothing."),
+        (("adapter_revision",), bool(args.adapter), "expected --adapter, too."),
+        (of_a_model_card, not args.space, "a Space has the licence and the base that the model's card states."),
+    ):
+        for name in names:
+            if getattr(args, name) and not applies:
+                parser.error(f"--{name.replace('_', '-')}: {problem}")
 
 
 if __name__ == "__main__":

@@ -26,9 +26,9 @@ def main() -> None:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("repo", help="folder or Hub id of a split model")
-    parser.add_argument("--revision", help="its branch, tag or commit")
-    parser.add_argument("--base", required=True, help="folder or Hub id of the SAM it was made from")
-    parser.add_argument("--base-revision", help="its branch, tag or commit")
+    parser.add_argument("--revision", help="branch, tag or commit of the split model on the Hub")
+    parser.add_argument("--base", required=True, help="folder or Hub id of the SAM that it was made from")
+    parser.add_argument("--base-revision", help="branch, tag or commit of the base on the Hub")
     return parser.parse_args()
 
 

@@ -102,7 +102,7 @@ def described(name: str, folder: Path, licence: Licence | None = None, made_from
     """
     is_folder = Path(name).is_dir()
     if made_from and not is_folder:
-        raise ValueError(f"--base-model is for a base in a folder, but {name} is on the Hub, and is named itself.")
+        raise ValueError(f"--base-model: expected a base in a folder. {name} is on the Hub, and the card names it.")
     card = read_card(folder / "README.md")
     url = None if is_folder else f"https://huggingface.co/{name}/blob/{folder.name}"
     stated = stated_licence(card.metadata, folder, url)

@@ -28,7 +28,7 @@ class ParsedCard:
         metadata: Fields with values of the right type, in the names of the Hub.
         results: Evaluation results of its `model-index`.
         text: What is written below the metadata.
-        problems: What could not be read, in words.
+        problems: What could not be read, as parts of sentences.
     """
 
     metadata: dict[str, Any] = field(default_factory=dict)

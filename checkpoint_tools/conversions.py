@@ -250,7 +250,7 @@ def load_at_side_of(
     side = trained_side(adapter) if adapter else None
     if side in (None, model.config.vision_config.image_size):
         return model, stock_model(fetch(source)), dtype, {}
-    note(f"The adapter was trained on images of {side} pixels: so is the result, whatever {source} takes.")
+    note(f"The result takes images of {side} pixels, on which the adapter was trained; {source} takes others.")
     model = split_class().from_pretrained(source, image_size=side).eval().to(model.dtype)
     return model, copy.deepcopy(model), dtype, processor_sizes(model.config)
 
@@ -275,7 +275,7 @@ def compare_with_files(model: PreTrainedModel, folder: Path) -> None:
     stored, expected = dict(split_weights(Weights(folder))), dict(split_weights(model.state_dict()))
     compare_tensors(stored, expected, folder)
     if unknown := stored.keys() - expected.keys():
-        raise ValueError(f"{folder} holds weights that SAM has no place for: {listing(unknown)}.")
+        raise ValueError(f"{folder} holds weights that SAM does not have: {listing(unknown)}.")
     tied = [stored[name] for name in TIED if name in stored]
     if len(tied) > 1 and not torch.equal(*tied):
         raise ValueError(f"{folder} has two values for what is one weight in SAM: {' and '.join(TIED)}.")
@@ -323,7 +323,7 @@ def effect_of(
         if not effect < CLEAR_EFFECT:
             break
     if effect < NO_EFFECT:
-        note("The adapter changes nothing, as before training: there is no effect of it to compare.")
+        note("The adapter changes nothing, as if it were untrained: there is no effect to compare.")
         return expected, 0.0
     note(f"The adapter itself changes the outputs by {effect:.1e} (relative).")
     return expected, effect

@@ -168,7 +168,7 @@ def with_adapter(model: nn.Module, adapter: str | Path, revision: str | None = N
         raise ValueError(f"The file of the adapter {source} lacks {listing(missing)}, which its configuration names.")
     if foreign := stored - expected:
         raise ValueError(
-            f"The model has no place for {listing(foreign)} of the adapter {source}: expected the model that the "
+            f"The model has no module for {listing(foreign)} of the adapter {source}: expected the model that the "
             "adapter was trained on, and its own configuration."
         )
     return adapted

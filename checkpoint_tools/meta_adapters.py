@@ -67,7 +67,7 @@ class MetaAdapter:
             if shape != own:
                 raise ValueError(f"{meta} is {shape} in the file, and {own} in {base}. {self.advice}")
         if unknown := self.weights.keys() - names.keys():
-            raise ValueError(f"{base} has no place for {listing(unknown)} of the file{hint(unknown)}. {self.advice}")
+            raise ValueError(f"{base} has no module for {listing(unknown)} of the file{hint(unknown)}. {self.advice}")
         changed = {
             meta
             for meta, tensor in self.weights.items()

@@ -51,7 +51,7 @@ def read(file: Path) -> MetaCheckpoint:
     state_dict, wrapper, beside = unwrapped(content, file)
     notes = [f"The weights are those under {wrapper!r}."] if wrapper else []
     if beside:
-        notes.append(f"Left out, because a SAM has no place for it: {', '.join(map(str, beside))}.")
+        notes.append(f"Left out, because it is no weight of SAM: {', '.join(map(str, beside))}.")
     if foreign := [name for name in foreign if not name.startswith("numpy.")]:  # metrics, which hide the others
         notes.append(f"Not read, because that could run code: objects of {listing(foreign)}.")
     weights, prefixes = without_prefixes(state_dict, file)

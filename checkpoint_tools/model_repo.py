@@ -194,6 +194,6 @@ def run_verify(repo: str, base: Path, revision: str | None = None, cache: Path |
             check=False,
         )
     if process.returncode:
-        reason, *_ = process.stderr.strip().splitlines()[-1:] or [f"it ended with {process.returncode}."]
+        reason, *_ = process.stderr.strip().splitlines()[-1:] or [f"it ended with exit status {process.returncode}."]
         raise ValueError(f"Verification failed: {reason.removeprefix('Verification failed: ')}")
     return json.loads(process.stdout)

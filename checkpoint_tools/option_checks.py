@@ -1,5 +1,6 @@
 """Checks of the values of options, with errors that name the option."""
 
+import dataclasses
 from typing import Any
 
 
@@ -21,6 +22,12 @@ def require_share(settings: Any, name: str, above_0: bool = False) -> None:
     if value is not None and not (0 <= value < 1 and (value > 0 or not above_0)):
         least = "more than 0" if above_0 else "0"
         raise SettingsError(f"{option(settings, name)} {value}: expected a share from {least} to less than 1.")
+
+
+def default_of(settings: Any, name: str) -> Any:
+    """Returns the value that the field `name` has if the option is not given."""
+    field = settings.__dataclass_fields__[name]
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def option(settings: Any, name: str) -> str:

@@ -131,7 +131,7 @@ def read_token(path: Path | None) -> str | None:
     """
     token = path.read_text(encoding="utf-8").strip() if path else get_token()
     if token is not None and not re.fullmatch(r"[!-~]+", token):  # HTTP errors would show a malformed one
-        raise ValueError(f"{path or 'HF_TOKEN'} does not contain a token: expected one word")
+        raise ValueError(f"{path or 'HF_TOKEN'} does not contain a token: expected one word.")
     return token
 
 

@@ -68,7 +68,7 @@ def wait_until_it_answers(url: str, process: subprocess.Popen) -> None:
     end = time.monotonic() + SECONDS
     while time.monotonic() < end:
         if process.poll() is not None:
-            raise ChildProcessError(f"it ended with {process.returncode}.")
+            raise ChildProcessError(f"it ended with exit status {process.returncode}.")
         try:
             httpx.get(url, timeout=10)
             return

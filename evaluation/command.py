@@ -82,7 +82,9 @@ class EvaluationRequest:
 
     def __post_init__(self) -> None:
         if self.push and (not self.trained or Path(self.trained).exists()):
-            raise SettingsError("--push: expected the Hub id of an adapter or a model that you may write to.")
+            raise SettingsError(
+                "--push: expected --adapter or --model with the Hub id of a repo that you may write to."
+            )
         if self.clicks < 1:
             raise SettingsError(f"--clicks {self.clicks}: expected 1 or more.")
         if not self.held_out:

@@ -24,7 +24,7 @@ def main() -> None:
     """Writes the mask as a picture in black and white."""
     args = parse_args()
     if args.box is None and not args.point:
-        raise SystemExit("run_onnx.py: expected --point X Y or --box LEFT TOP RIGHT BOTTOM")
+        raise SystemExit("run_onnx.py: expected --point X Y or --box LEFT TOP RIGHT BOTTOM.")
     image = Image.open(args.image).convert("RGB")
     logits = segment(args.folder, image, args.point, args.box, args.interface, args.side)
     Image.fromarray(logits > 0).save(args.output)

@@ -41,7 +41,7 @@ def parse(arguments: Sequence[str], description: str | None = None) -> Settings:
         GROUPS,
         description=description,
         usage="%(prog)s [run.yaml] [--option value ...]",
-        formatter_class=HelpFormatter,
+        formatter_class=RecipeHelpFormatter,
         allow_abbrev=False,
     )
     arguments = list(arguments)
@@ -144,12 +144,7 @@ def write_file(options: dict[str, Any], file: Path) -> None:
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Shows our options before those of TrainingArguments, with hyphens and short names, and their defaults."""
-
-    def add_arguments(self, actions: Iterable[argparse.Action]) -> None:
-        """Adds the options of a group."""
-        places = {name: place for place, name in enumerate(OWN)}
-        super().add_arguments(sorted(actions, key=lambda action: places.get(action.dest, len(places))))
+    """Shows options with hyphens, short names and defaults."""
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         shown = copy.copy(action)
@@ -164,3 +159,13 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         values = action.default if isinstance(action.default, list) else [action.default]
         default = " ".join(str(value).removeprefix(f"{ROOT}{os.sep}") for value in values).replace("%", "%%")
         return f"{action.help or ''} ({default})" if shown else action.help or ""
+
+
+class RecipeHelpFormatter(HelpFormatter):
+    """Shows our options before those of TrainingArguments, and of the latter only what the recipe heeds."""
+
+    def add_arguments(self, actions: Iterable[argparse.Action]) -> None:
+        """Adds the options of a group."""
+        places = {name: place for place, name in enumerate(OWN)}
+        heeded = [action for action in actions if action.dest not in TrainingSettings.FIXED]
+        super().add_arguments(sorted(heeded, key=lambda action: places.get(action.dest, len(places))))

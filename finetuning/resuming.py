@@ -37,7 +37,10 @@ def checkpoint_to_resume(settings: Settings, parts: TrainValidationParts) -> tup
     names = [*run, *(name for name in earlier if name not in run)]
     if changed := [name for name in names if run.get(name) != earlier.get(name)]:
         differences = ", ".join(f"{name} {earlier.get(name)} then and {run.get(name)} now" for name in changed)
-        raise SettingsError(f"--resume: {output} was started with other settings: {differences}.")
+        raise SettingsError(
+            f"--resume: {output} was started with other settings: {differences}. Give the same, or "
+            "start again with --force."
+        )
     checkpoint, damaged = last_checkpoint(output)
     return str(checkpoint) if checkpoint else None, damaged
 

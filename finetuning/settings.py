@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 from transformers.hf_argparser import HfArg
 
 from checkpoint_tools.checkout import SAM_TINY
-from checkpoint_tools.option_checks import SettingsError, require_at_least, require_share
+from checkpoint_tools.option_checks import SettingsError, default_of, option, require_at_least, require_share
 from image_data.data_settings import DataSettings
 
 from .click_rounds import Prompting
@@ -35,19 +35,19 @@ class PromptSettings:
     negative_points: int = HfArg(default=0, help="points outside each object")
     rounds: int | None = HfArg(
         default=None,
-        help="rounds of corrective clicks, of 8 in all (1 for mixed prompts, else 0); from 8, each adds one, and two "
-        "more rounds add none, as in Segment Anything",
+        help="rounds of corrective clicks, of 8 in all (1 for mixed prompts, otherwise 0); from 8 rounds on, each "
+        "adds one click, and two more rounds add none, as in Segment Anything",
     )
     objects: int = HfArg(default=6, help="objects per image and training step")
     multimask: bool | None = HfArg(
         default=None,
-        help="predict three masks per prompt, and train the best (true, false, or for a single point only)",
+        help="predict three masks per prompt, and train the best: true, false (true for a single point only)",
         metadata={"nargs": "?", "const": True},
     )
 
     grid: int = HfArg(
         default=32,
-        help="points along a side of the grid for automatic masks, to choose their thresholds",
+        help="points along a side of the grid for automatic masks, whose thresholds are chosen after training",
     )
 
     def __post_init__(self) -> None:
@@ -90,15 +90,15 @@ class ModelSettings:
     dropout: float = HfArg(default=0.1, help="LoRA dropout")
     dora: bool = HfArg(default=False, help="train DoRA adapters")
     rslora: bool = HfArg(default=False, help="scale the adapters as rsLoRA does")
-    last_layers: int | None = HfArg(default=None, help="adapt only this number of last layers")
+    last_layers: int | None = HfArg(default=None, help="adapt this number of last layers only (all)")
     train_decoder: Literal["full", "lora", "none"] = HfArg(
         default="full", help="what to train of the mask decoder: all weights, adapters, or nothing"
     )
     load_in_4bit: bool = HfArg(default=False, help="quantize the base to 4 bits, with bitsandbytes")
     cache_embeddings: Path | None = HfArg(
         default=None,
-        help="folder to store the encoder's outputs in, for --method decoder: it runs once for each image, and images "
-        "are not augmented",
+        help="folder for the encoder's outputs, with --method decoder: the encoder runs once for each image, and "
+        "images are not augmented",
     )
 
     def __post_init__(self) -> None:
@@ -106,11 +106,10 @@ class ModelSettings:
         require_share(self, "dropout")
         if not self.alpha > 0:
             raise SettingsError(f"--alpha {self.alpha}: expected more than 0.")
-        if self.method != "lora" and (self.load_in_4bit or self.last_layers or self.dora or self.rslora):
-            raise SettingsError(
-                f"--method {self.method} trains no adapters: --load-in-4bit, --last-layers, --dora and --rslora "
-                "do not apply."
-            )
+        of_adapters = ("target", "rank", "alpha", "dropout", "dora", "rslora", "last_layers", "load_in_4bit")
+        changed = [option(self, name) for name in of_adapters if getattr(self, name) != default_of(self, name)]
+        if self.method != "lora" and changed:
+            raise SettingsError(f"--method {self.method} trains no adapters, so expected no {', '.join(changed)}.")
         if self.method == "decoder" and self.train_decoder == "none":
             raise SettingsError("--method decoder and --train-decoder none: nothing would be trained.")
         if self.cache_embeddings and self.method != "decoder":
@@ -136,12 +135,14 @@ class OutputSettings:
     force: bool = HfArg(default=False, help="replace what an earlier run left in --output")
     export: list[str] = HfArg(
         default_factory=list,
-        help="whole models to write: merged, and stock SAM",
+        help="whole models to write, too: the split model (merged), a stock SAM (stock)",
         metadata={"choices": ("merged", "stock")},
     )
     license: str | None = HfArg(default=None, help="licence of the base's weights, if its card names none")
-    license_name: str | None = HfArg(default=None, help="its name, for --license other")
-    license_link: str | None = HfArg(default=None, help="URL of its text")
+    license_name: str | None = HfArg(default=None, help="name of the licence, for --license other")
+    license_link: str | None = HfArg(
+        default=None, help="URL of the licence's text, or the name of a file beside the base"
+    )
 
 
 @dataclass(frozen=True)

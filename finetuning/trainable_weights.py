@@ -88,7 +88,7 @@ def vision_targets(model: PreTrainedModel, names: Sequence[str], last_layers: in
     """
     num_layers = model.config.vision_config.num_hidden_layers
     if last_layers is not None and not 1 <= last_layers <= num_layers:
-        raise ModelError(f"--last-layers {last_layers}: the vision encoder has {num_layers} layers.")
+        raise ModelError(f"--last-layers {last_layers}: expected 1 to {num_layers}, the layers of the vision encoder.")
     paths: dict[str, list[str]] = {name: [] for name in names}
     for path, module in model.named_modules():
         match = re.fullmatch(r"vision_encoder\.layers\.(\d+)\.(?:\w+\.)*(\w+)", path)

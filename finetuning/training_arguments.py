@@ -11,7 +11,7 @@ from transformers.hf_argparser import HfArg
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.deepspeed import is_deepspeed_available
 
-from checkpoint_tools.option_checks import SettingsError, option, require_at_least
+from checkpoint_tools.option_checks import SettingsError, default_of, option, require_at_least
 
 
 def other_default(name: str, value: Any) -> Any:
@@ -31,7 +31,7 @@ class TrainingSettings(TrainingArguments):
             were asked for.
     """
 
-    _argument_group_name: ClassVar[str] = "training, with all options of transformers' TrainingArguments"
+    _argument_group_name: ClassVar[str] = "training, with the options of transformers' TrainingArguments"
     # What the recipe needs as it is, or would not heed.
     FIXED: ClassVar[tuple[str, ...]] = (
         *("do_train", "do_eval", "do_predict", "prediction_loss_only", "num_train_epochs", "label_smoothing_factor"),
@@ -40,9 +40,11 @@ class TrainingSettings(TrainingArguments):
         *("remove_unused_columns", "dataloader_drop_last", "group_by_length", "train_sampling_strategy"),
         *("auto_find_batch_size", "average_tokens_across_devices", "resume_from_checkpoint", "neftune_noise_alpha"),
         *("load_best_model_at_end", "restore_callback_states_from_checkpoint", "ignore_data_skip"),
+        *("data_seed", "length_column_name", "dataloader_in_order", "dataloader_multiprocessing_context"),
+        *("hub_strategy", "hub_always_push"),
     )
 
-    output_dir: str = HfArg(default="build/finetune", aliases=["--output"], help="results folder")
+    output_dir: str = HfArg(default="build/finetune", aliases=["--output"], help="folder for all results")
     max_steps: int = HfArg(default=200, aliases=["--steps"], help="optimizer steps")
     minutes: float | None = HfArg(default=None, help="time limit of training, in minutes")
     per_device_train_batch_size: int = HfArg(default=4, aliases=["--batch-size"], help="images per process and batch")
@@ -124,11 +126,9 @@ class TrainingSettings(TrainingArguments):
     def _refuse_fixed(self) -> None:
         """Raises an error for `FIXED` options that were set."""
         for name in self.FIXED:
-            field = self.__dataclass_fields__.get(name)  # not every version has all of them
-            if not field:
+            if name not in self.__dataclass_fields__:  # not every version has all of them
                 continue
-            value = getattr(self, name)
-            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            value, default = getattr(self, name), default_of(self, name)
             if value != default:
                 raise SettingsError(f"{option(self, name)} {value}: the recipe works with {default} only.")
 

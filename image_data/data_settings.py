@@ -40,12 +40,14 @@ class SourceSettings:
     group_pattern: str | None = HfArg(
         default=None, help="names of images that must not be divided, as in {group}_* or {group}/*"
     )
-    validation_images: Path | None = HfArg(default=None, help="images to validate on, instead of a share")
-    validation_masks: Path | None = HfArg(default=None, help="their masks")
-    validation_coco: Path | None = HfArg(default=None, help="their COCO annotations")
-    test_images: Path | None = HfArg(default=None, help="images to test on, once, after training")
-    test_masks: Path | None = HfArg(default=None, help="their masks")
-    test_coco: Path | None = HfArg(default=None, help="their COCO annotations")
+    validation_images: Path | None = HfArg(
+        default=None, help="folder of images to validate on, instead of a share of --images"
+    )
+    validation_masks: Path | None = HfArg(default=None, help="masks of --validation-images")
+    validation_coco: Path | None = HfArg(default=None, help="COCO annotations of --validation-images, or --images")
+    test_images: Path | None = HfArg(default=None, help="folder of images to test on, once, after training")
+    test_masks: Path | None = HfArg(default=None, help="masks of --test-images")
+    test_coco: Path | None = HfArg(default=None, help="COCO annotations of --test-images, or --images")
 
     dataset: str | None = HfArg(
         default=None, help="Hub id, folder or Parquet file of the datasets library, instead of images and masks"
@@ -75,11 +77,13 @@ class SourceSettings:
                 raise DataError([f"--{name.replace('_', '-')}: expected --masks, too."])
         if self.categories and not (self.coco or self.dataset):
             raise DataError(["--categories: expected --coco or --dataset, too."])
-        for text, name in ((self.image_pattern, "stem"), (self.mask_pattern, "stem"), (self.group_pattern, "group")):
-            if text is not None:
-                Pattern(text, name)
+        for option, field in (("image-pattern", "stem"), ("mask-pattern", "stem"), ("group-pattern", "group")):
+            if (text := getattr(self, option.replace("-", "_"))) is not None:
+                Pattern(text, field, f"--{option}")
         if self.color_masks and self.has_file_per_object:
-            raise DataError(["--color-masks: a * in --mask-pattern stands for files of one object each."])
+            raise DataError(
+                ["--color-masks: expected a --mask-pattern without *, which stands for files of one object each."]
+            )
         for part in ("validation", "test"):
             self._check_part(part)
 
@@ -146,7 +150,7 @@ class DataSettings(SourceSettings):
         default_factory=list, help="numbers of the bands that are red, green and blue, from 1; one number for grey"
     )
     pages: str | None = HfArg(
-        default=None, help="each if every page of a file is an image, or the number of a page, from 1"
+        default=None, help="each, if every page of a file is an image; or the number of a page, from 1"
     )
     intensity: list[str] = HfArg(
         default_factory=lambda: ["percentile", "1", "99.8"],
@@ -158,16 +162,16 @@ class DataSettings(SourceSettings):
         default_factory=list, help="numbers in masks of pixels without a label, which do not count; or none"
     )
     instances: Literal["labels", "components"] | None = HfArg(
-        default=None, help="each number in a mask is an object, or each connected part of one"
+        default=None, help="an object is each number in a mask (labels), or each connected part of one (components)"
     )
-    threshold: int | None = HfArg(default=None, help="lowest value of an object, in masks with soft edges")
+    threshold: int | None = HfArg(default=None, help="lowest number of an object, in masks with soft edges")
     turn_masks: bool = HfArg(default=False, help="turn masks with their images, as the images' EXIF orientation says")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _ = self.image_reading, self.label_reading  # raise errors
         if "none" in self.augment and len(self.augment) > 1:
-            raise SettingsError(f"--augment {' '.join(self.augment)}: expected none, or others.")
+            raise SettingsError(f"--augment {' '.join(self.augment)}: expected none alone, or others.")
         if self.pages == "each" and (self.coco or self.dataset):
             raise DataError(
                 [
@@ -177,8 +181,9 @@ class DataSettings(SourceSettings):
             )
         self._refuse_idle_labels()
         require_share(self, "validation", above_0=True)
-        if self.validation and (self.validation_images or self.validation_coco or self.validation_split):
-            raise SettingsError("--validation is a share of the images, and --validation-... are given: expected one.")
+        for part in ("images", "coco", "split"):
+            if self.validation and getattr(self, f"validation_{part}"):
+                raise SettingsError(f"--validation and --validation-{part} are both given: expected one of them.")
         if not 0 <= self.overlap <= 0.9:
             raise SettingsError(f"--overlap {self.overlap}: expected a share from 0 to 0.9.")
         require_at_least(1, self, "tile")
@@ -189,10 +194,12 @@ class DataSettings(SourceSettings):
         given = self.label_reading.given
         has_masks = self.masks or self.validation_masks or self.test_masks
         if (given or self.turn_masks) and self.coco and not has_masks:
-            raise DataError([f"--{[*given, 'turn-masks'][0]}: expected --masks, and COCO annotations have none."])
+            raise DataError([f"--{[*given, 'turn-masks'][0]}: expected --masks; COCO annotations have no numbers."])
         numbers = [name for name in given if name != "threshold"]
         if numbers and self.has_file_per_object:
-            raise DataError([f"--{numbers[0]}: a * in --mask-pattern stands for files of one object each."])
+            raise DataError(
+                [f"--{numbers[0]}: expected a --mask-pattern without *, which stands for files of one object each."]
+            )
         if "threshold" in given and self.color_masks:
             raise DataError(["--threshold: colours have no order; expected masks of numbers, without --color-masks."])
 

@@ -89,7 +89,9 @@ class ColouredPair(FilePair):
 
     def numbers_of(self, mask: Pixels) -> np.ndarray:  # noqa: D102, as in FilePair
         if mask.values.dtype.itemsize > 1:
-            raise ValueError(f"{self.mask}: expected colours of 8 bits for --color-masks; leave it out for numbers.")
+            raise ValueError(
+                f"{self.mask}: expected colours of 8 bits for --color-masks, which masks of numbers do without."
+            )
         return numbers_of_colours(rgb_of(mask, ImageReading(), self.mask), self.mask)
 
 

@@ -99,7 +99,7 @@ def loaded(settings: DatasetSettings, split: str | None = None) -> Any:
         raise DataError([f"--dataset: {INSTALL}."]) from error
     path = Path(settings.path)
     if settings.revision and path.exists():
-        raise DataError([f"--dataset-revision {settings.revision}: expected a Hub id, and {path} is on this machine."])
+        raise DataError([f"--dataset-revision {settings.revision}: expected a Hub id; {path} is on this machine."])
     try:
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():  # of save_to_disk
             saved = datasets.load_from_disk(str(path))
@@ -158,9 +158,9 @@ def sources_of(
     read_objects: Callable[..., LabelledImage]
     are_label_images = isinstance(feature, datasets.Image) or is_array(feature, datasets)
     if labels.given and not are_label_images:
-        raise DataError([f"--{labels.given[0]}: expected label images, and {mask_column} in {name} has objects."])
+        raise DataError([f"--{labels.given[0]}: expected label images; {mask_column} in {name} has objects."])
     if categories and not fields_of(feature):
-        raise DataError([f"--categories: expected objects with a category, and {mask_column} in {name} has masks."])
+        raise DataError([f"--categories: expected objects with a category; {mask_column} in {name} has masks."])
     if are_label_images:
         column = rows[mask_column]
 

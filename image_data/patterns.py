@@ -21,6 +21,7 @@ class Pattern:
     Args:
         text: The pattern, with `/` between folders.
         field: The name in braces.
+        option: How errors name the pattern.
 
     Raises:
         DataError: If the field is missing.
@@ -28,10 +29,11 @@ class Pattern:
 
     text: str
     field: str = "stem"
+    option: str = "pattern"
 
     def __post_init__(self) -> None:
         if self.text.count("{") != 1 or f"{{{self.field}}}" not in self.text:
-            raise DataError([f"The pattern {self.text}: expected {{{self.field}}} in it, once."])
+            raise DataError([f"{self.option} {self.text}: expected {{{self.field}}} in it, once."])
 
     def keys(self, path: str) -> list[str]:
         """Returns what a relative path with `/` has in common with others, likeliest first; empty if it differs.

@@ -75,7 +75,9 @@ def segment_files(request: SegmentationRequest) -> None:
     require_replaceable(request.output, OUTPUT, request.force, sources)
     images = find_images(request.paths)
     if request.objects and len(images) > 1:
-        raise ValueError(f"prompts are given for one image, but there are {len(images)}: expected one, or --coco.")
+        raise ValueError(
+            f"--point and --box are for one image, got {len(images)}: give one, or the boxes of all with --coco."
+        )
     boxes = boxes_by_image(request.coco, images) if request.coco else {}
     model, processor = load(request.base, request.revision, request.adapter, request.changes.get("image_size"))
     settings = SegmentationSettings.load(request.adapter or request.base or SAM_TINY).but(**request.changes)

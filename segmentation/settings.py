@@ -58,15 +58,15 @@ class SegmentationSettings:
         for name in ("image_size", "tile", "grid"):
             value = getattr(self, name)
             if not (isinstance(value, int) and value > 0) and not (value is None and name != "grid"):
-                raise SegmentationSettingsError(f"{name} {value!r}: expected a whole number above 0.")
+                raise SegmentationSettingsError(f"{option_of(name)} {value!r}: expected a whole number above 0.")
         for name in ("overlap", "min_iou", "min_stability", "max_overlap"):
             value = getattr(self, name)
             if not (isinstance(value, int | float) and 0 <= value <= 1):
-                raise SegmentationSettingsError(f"{name} {value!r}: expected a number from 0 to 1.")
+                raise SegmentationSettingsError(f"{option_of(name)} {value!r}: expected a number from 0 to 1.")
         if self.overlap > 0.9:  # more than a hundred windows would show each pixel
-            raise SegmentationSettingsError(f"overlap {self.overlap:g}: expected at most 0.9.")
+            raise SegmentationSettingsError(f"--overlap {self.overlap:g}: expected at most 0.9.")
         if self.multimask not in MULTIMASK:
-            raise SegmentationSettingsError(f"multimask {self.multimask!r}: expected one of {', '.join(MULTIMASK)}.")
+            raise SegmentationSettingsError(f"--multimask {self.multimask!r}: expected one of {', '.join(MULTIMASK)}.")
 
     def but(self, **changes: Any) -> Self:
         """Returns these settings with all `changes`, also those of `reading`, that are not None."""
@@ -98,23 +98,40 @@ class SegmentationSettings:
             values = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise SegmentationSettingsError(f"{path}: cannot be read: {error}") from error
-        known = {each.name for each in fields(cls)}
-        if not isinstance(values, dict) or not known.issuperset(values):
-            unknown = ", ".join(sorted(set(values) - known)) if isinstance(values, dict) else type(values).__name__
-            raise SegmentationSettingsError(
-                f"{path}: expected settings among {', '.join(sorted(known))}; got {unknown}."
-            )
         try:
-            return cls(**values | {"reading": ImageReading(**values.get("reading", {}))})
+            reading = known_settings(known_settings(values, cls).get("reading", {}), ImageReading)
+            return cls(**values | {"reading": ImageReading(**reading)})
         except (SegmentationSettingsError, DataError, TypeError) as error:
             raise SegmentationSettingsError(f"{path}: {error}") from error
 
 
+def known_settings(values: Any, kind: type) -> dict[str, Any]:
+    """Returns values from JSON, if they are settings of this kind.
+
+    Raises:
+        SegmentationSettingsError: If they are something else.
+    """
+    known = {each.name for each in fields(kind)}
+    if not isinstance(values, dict) or not known.issuperset(values):
+        unknown = ", ".join(sorted(set(values) - known)) if isinstance(values, dict) else type(values).__name__
+        raise SegmentationSettingsError(f"expected settings among {', '.join(sorted(known))}; got {unknown}.")
+    return values
+
+
+def option_of(name: str) -> str:
+    """Returns the option of the command line that sets the field `name`."""
+    return f"--{name.replace('_', '-')}"
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """Adds the options that all commands have for these settings, None by default, and returns their group."""
-    group = parser.add_argument_group("settings", "By default those that came with the model, or SAM's own.")
-    group.add_argument("--image-size", type=int, help="side to which images or tiles are scaled, in pixels")
-    group.add_argument("--tile", type=int, help="cut larger images into tiles of this side, in pixels")
+    group = parser.add_argument_group(
+        "settings", "The defaults are what came with the model, otherwise the values in parentheses."
+    )
+    group.add_argument(
+        "--image-size", type=int, help="side to which images or tiles are scaled, in pixels (the base's)"
+    )
+    group.add_argument("--tile", type=int, help="cut larger images into tiles of this side, in pixels (no tiles)")
     group.add_argument("--overlap", type=float, help="overlap of neighbouring tiles, as a share of their side (0.25)")
     group.add_argument("--multimask", choices=MULTIMASK, help="when to choose among three masks (single-point)")
     group.add_argument("--grid", type=int, help="points along a side of the grid for automatic masks (32)")
@@ -130,11 +147,16 @@ def add_reading_arguments(group: argparse._ArgumentGroup) -> None:
         "--channels",
         type=int,
         nargs="+",
-        help="bands that are red, green and blue, from 1; one for grey",
+        help="numbers of the bands that are red, green and blue, from 1; one number for grey",
     )
-    group.add_argument("--pages", help="page to read of files with several, from 1")
-    group.add_argument("--intensity", nargs="+", help="what becomes 0 and 255: percentile LOW HIGH, min-max or dtype")
-    group.add_argument("--max-pixels", type=int, help="pixels of the largest image to decode")
+    group.add_argument("--pages", help="number of the page to read from files with several, from 1")
+    group.add_argument(
+        "--intensity",
+        nargs="+",
+        help="what becomes 0 and 255 of pixels that are not 8-bit: percentile LOW HIGH, min-max, or dtype "
+        "(percentile 1 99.8)",
+    )
+    group.add_argument("--max-pixels", type=int, help="pixels of the largest image to decode (178956970)")
 
 
 def changes_of(args: argparse.Namespace) -> dict[str, Any]:

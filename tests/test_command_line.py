@@ -1,14 +1,17 @@
 """The settings of the recipe: command line, files, and what is refused before anything is written."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
+import evaluate
 import finetune
 from checkpoint_tools.checkout import SAM_TINY
 from finetuning.command_line import write_file
+from finetuning.training_arguments import TrainingSettings
 
 
 def refusal(arguments: list[str], capsys) -> str:
@@ -42,7 +45,7 @@ def refusal(arguments: list[str], capsys) -> str:
         (["--resume", "--save-only-model"], "the checkpoints hold no optimizer"),
         (["--alpha", "0"], "--alpha 0.0: expected more than 0"),
         (["--minutes", "-1"], "--minutes -1.0: expected 0 or more"),
-        (["--method", "full", "--load-in-4bit"], "trains no adapters: --load-in-4bit"),
+        (["--method", "full", "--load-in-4bit"], "trains no adapters, so expected no --load-in-4bit."),
         (["--method", "decoder", "--train-decoder", "lora"], "adds no adapters"),
         (["--method", "all"], "invalid choice: 'all'"),
         (["--select", "best"], "--select best: expected one of iou, iou_point, iou_box, iou_clicks, automatic"),
@@ -50,12 +53,15 @@ def refusal(arguments: list[str], capsys) -> str:
         (["--overlap", "0.95"], "--overlap 0.95: expected a share from 0 to 0.9"),
         (["--cache-embeddings", "x"], "--cache-embeddings and --method lora: expected --method decoder"),
         (["--cache-embeddings", "x", "--method", "decoder", "--augment", "crop"], "expected --augment none"),
-        (["--augment", "none", "blur"], "--augment none blur: expected none, or others"),
+        (["--augment", "none", "blur"], "--augment none blur: expected none alone, or others"),
         (["--method", "decoder", "--train-decoder", "none"], "nothing would be trained"),
         (["--export", "whole"], "invalid choice: 'whole'"),
         (["--schedule", "zigzag"], "invalid choice: 'zigzag'"),
         (["--label-names", "masks"], "--label-names ['masks']: the recipe works with ['labels'] only"),
         (["--num-train-epochs", "2"], "--num-train-epochs 2.0: the recipe works with 3.0 only"),
+        (["--data-seed", "3"], "--data-seed 3: the recipe works with None only"),
+        (["--hub-strategy", "end"], "--hub-strategy end: the recipe works with every_save only"),
+        (["--method", "full", "--rank", "4", "--target", "k"], "trains no adapters, so expected no --target, --rank."),
         (["--bf16", "--fp16"], "not both"),
         (["--fp16", "--use-cpu"], "--fp16: CPUs cannot train in it; use --bf16."),
         (["--report-to", "comet_ml"], "--report-to comet_ml: not installed, or unknown to transformers"),
@@ -148,3 +154,20 @@ def test_written_file_repeats_the_run(tmp_path, monkeypatch):
     assert again.model == settings.model and again.prompts == settings.prompts
     assert again.training.warmup_steps == 3 and again.training.torch_compile_mode == "default"
     assert Path(again.model.base) == SAM_TINY
+
+
+def test_help_names_what_the_recipe_heeds_and_nothing_else(capsys):
+    with pytest.raises(SystemExit):
+        finetune.parse_args(["--help"])
+    options = re.findall(r"^  --([\w-]+)", capsys.readouterr().out, re.MULTILINE)
+    assert {"steps", "rank", "report-to", "fp16"} <= {*options}
+    assert not {name.replace("_", "-") for name in TrainingSettings.FIXED} & {*options}
+    assert options.index("output") < options.index("steps") < options.index("report-to")
+
+
+def test_help_of_the_evaluation_keeps_the_order_and_names_defaults_once(capsys):
+    with pytest.raises(SystemExit):
+        evaluate.parse_args(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert text.count("(build/evaluate)") == 1
+    assert text.index("--held-out") < text.index("--seed")

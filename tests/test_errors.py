@@ -186,9 +186,13 @@ def test_files_where_folders_are_expected(run_upload, monkeypatch: pytest.Monkey
         (["--max-shard-size", "100"], "--max-shard-size 100: expected a number and its unit"),
         (["--max-shard-size", "huge"], "--max-shard-size huge: expected"),
         (["--license", "unknown"], "--license unknown: expected the licence"),
-        (["--license", "other", "--license-name", "mine"], "--license other: the Hub wants --license-name and"),
+        (["--license", "other", "--license-name", "mine"], "--license other: expected --license-name and"),
         (["--base-model", "/home/me/sam"], "--base-model /home/me/sam: expected USER/NAME"),
         (["--repo-id", "user/a b"], "--repo-id user/a b: expected USER/NAME"),
+        (["--private"], "--private: expected --repo-id or --space, too"),
+        (["--dry-run"], "--dry-run: expected --repo-id or --space, too"),
+        (["--adapter-revision", "v1"], "--adapter-revision: expected --adapter, too"),
+        (["--space", "user/page", "--license", "mit"], "--license: a Space has the licence and the base"),
     ],
 )
 def test_options_are_checked_before_anything_is_loaded(

@@ -288,7 +288,7 @@ def test_categories_are_counted_apart():
     [
         (["--adapter", "nothing"], "nothing: not an adapter"),
         (["--adapter", "x", "--push"], None),
-        (["--push"], "--push: expected the Hub id"),
+        (["--push"], "--push: expected --adapter or --model with the Hub id"),
         (["--clicks", "0"], "--clicks 0: expected 1 or more"),
         (["--images", "nothing", "--masks", "other"], "other: there is no such folder"),
         (["--images", __file__, "--masks", "."], f"{__file__} is a file: expected its folder"),
@@ -298,14 +298,14 @@ def test_categories_are_counted_apart():
         (["--validation", "0.3"], "--validation: expected --held-out, too"),
         (["--seed", "3"], "--seed: expected --held-out, too"),
         (["--dataset", "d", "--group-column", "patient"], "--group-column: expected --held-out, too"),
-        (["--min-iou", "2"], "min_iou 2.0: expected a number from 0 to 1"),
+        (["--min-iou", "2"], "--min-iou 2.0: expected a number from 0 to 1"),
     ],
 )
 def test_nothing_is_written_for_bad_requests(arguments, problem, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if problem is None:
         Path("x").mkdir()
-        problem = "--push: expected the Hub id"
+        problem = "--push: expected --adapter or --model with the Hub id"
     with pytest.raises(SystemExit, match=problem):
         evaluate.main(arguments)
     assert not Path("build").exists()

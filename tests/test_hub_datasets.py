@@ -98,8 +98,8 @@ def test_masks_are_turned_with_their_images(size, tmp_path):
 @pytest.mark.parametrize(
     ("are_lists", "option", "problem"),
     [
-        (True, ["--void", "255"], "--void: expected label images, and mask in .* has objects"),
-        (False, ["--categories", "cell"], "--categories: expected objects with a category, and mask in .* has masks"),
+        (True, ["--void", "255"], "--void: expected label images; mask in .* has objects"),
+        (False, ["--categories", "cell"], "--categories: expected objects with a category; mask in .* has masks"),
     ],
 )
 def test_settings_that_would_change_nothing_are_refused(are_lists, option, problem, tmp_path):
@@ -274,7 +274,7 @@ def test_bad_rows_are_all_named(tmp_path):
         ("--dataset-revision main", "--dataset-revision: expected --dataset, too"),
         ("--split train", "--split: expected --dataset, too"),
         ("--mask-column m", "--mask-column: expected --dataset, too"),
-        ("--dataset d --validation-split v --validation 0.2", "--validation is a share"),
+        ("--dataset d --validation-split v --validation 0.2", "--validation and --validation-"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(arguments, problem, capsys):

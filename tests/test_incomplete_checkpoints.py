@@ -192,7 +192,7 @@ def test_incomplete_adapters(command, files, split_dir, tmp_path, convert, monke
         first = min(name for name in whole if is_dropped(name))
         assert f"lacks {first}" in message()
     save_file({**whole, "base_model.model.vision_encoder.layers.9.attn.q.lora_A.weight": torch.ones(2, 28)}, file)
-    assert "no place for base_model.model.vision_encoder.layers.9" in message()
+    assert "no module for base_model.model.vision_encoder.layers.9" in message()
 
 
 def test_an_adapter_of_the_other_form_is_told_how_to_convert_it(split_dir, files, refused):

@@ -230,16 +230,19 @@ def test_groups_that_cannot_be_kept_together_are_refused(tmp_path):
     ("arguments", "problem"),
     [
         ("--mask-pattern {stem}_m.png", "--mask-pattern: expected --masks, too"),
-        ("--images i --coco c --void 255", "--void: expected --masks, and COCO annotations have none"),
-        ("--images i --coco c --turn-masks", "--turn-masks: expected --masks, and COCO annotations have none"),
-        ("--images i --masks m --mask-pattern {stem}/*.png --instances labels", "--instances: a * in --mask-pattern"),
+        ("--images i --coco c --void 255", "--void: expected --masks; COCO annotations have no numbers"),
+        ("--images i --coco c --turn-masks", "--turn-masks: expected --masks; COCO annotations have no"),
+        (
+            "--images i --masks m --mask-pattern {stem}/*.png --instances labels",
+            "--instances: expected a --mask-pattern without *",
+        ),
         ("--images i --masks m --color-masks --threshold 9", "--threshold: colours have no order"),
         ("--images i --coco c --color-masks", "--color-masks: expected --masks, too"),
         ("--images i --masks m --color-masks --mask-pattern {stem}/*.png", "files of one object each"),
-        ("--images i --masks m --mask-pattern a.png", "The pattern a.png: expected {stem} in it, once"),
+        ("--images i --masks m --mask-pattern a.png", "--mask-pattern a.png: expected {stem} in it, once"),
         ("--images i --coco c.json --pages each", "--pages each: expected --masks, with a page for each page"),
         ("--dataset d --pages each", "--pages each: expected --masks, with a page for each page"),
-        ("--images i --masks m --group-pattern *", "The pattern *: expected {group} in it, once"),
+        ("--images i --masks m --group-pattern *", "--group-pattern *: expected {group} in it, once"),
         ("--images i --masks m --categories cat", "--categories: expected --coco or --dataset, too"),
         (
             "--images i --masks m --validation-images v",
@@ -250,7 +253,7 @@ def test_groups_that_cannot_be_kept_together_are_refused(tmp_path):
         ("--validation-images v --validation-masks m", "expected --images with --masks or --coco to train on, too"),
         (
             "--images i --masks m --validation 0.3 --validation-images v --validation-masks w",
-            "--validation is a share",
+            "--validation and --validation-images are both given",
         ),
     ],
 )

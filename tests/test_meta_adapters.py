@@ -292,7 +292,7 @@ def test_micro_sam(kind, meta, base_config, tmp_path, convert):
     )
     output = convert(f"from-micro-sam best.pt out --decoder-heads {HEADS}")
     assert "Prefixes were removed from the names: 'sam.'." in output
-    assert "no place for it: iteration, best_metric, decoder_state, init" in output
+    assert "it is no weight of SAM: iteration, best_metric, decoder_state, init" in output
     assert "Not read, because that could run code: objects of argparse.Namespace, builtins.slice, torch.nn" in output
     adapted = assert_same(tmp_path / "out" / "base", tmp_path / "out" / "adapter", meta, base_config, plain)
     assert adapted.peft_config["default"].base_model_name_or_path == "out/base"

@@ -35,7 +35,7 @@ def test_what_has_no_exact_form_is_refused(settings, problem, load, stock_dir, t
         ({"config": {"lora_bias": True}}, "sets lora_bias=True"),
         ({"config": {"setting_of_the_future": 1}}, "sets setting_of_the_future=1"),
         ({"config": {"base_model_name_or_path": None}}, "give it with --base"),
-        ({"config": {"target_modules": ["q"]}}, r"no place for .*layers\.0\.attn\.v"),
+        ({"config": {"target_modules": ["q"]}}, r"no module for .*layers\.0\.attn\.v"),
         (
             {"config": {"target_modules": ["q", "k", "v"]}},
             r"lacks .*layers\.0\.attn\.k",

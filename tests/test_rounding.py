@@ -109,9 +109,9 @@ def test_float64_is_kept(tmp_path, convert):
 def test_an_untrained_adapter_has_nothing_to_compare(tmp_path, convert):
     assert write_adapter(base_in("float32", tmp_path / "base"), tmp_path / "adapter", 0) == 0
     output = convert("to-sam base out --adapter adapter")
-    assert "The adapter changes nothing, as before training" in output
+    assert "The adapter changes nothing, as if it were untrained" in output
     output = convert("adapter-to-fused adapter fused --base base")
-    assert "The adapter changes nothing, as before training" in output
+    assert "The adapter changes nothing, as if it were untrained" in output
 
 
 def test_what_does_not_fit_into_float16_is_refused(tmp_path, refused):

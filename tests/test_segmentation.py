@@ -309,6 +309,7 @@ def test_neighbours_have_different_colours():
         (["photo.png", "--coco", "a", "--masks", "b"], "expected one of --point"),
         (["photo.png", "--not", "1", "1"], "--not: expected --point or --box before it"),
         (["photo.png", "--point", "1", "1", "--pipeline", "stock"], "--pipeline stock: expected --everything"),
+        (["photo.png", "--point", "1", "1", "--min-iou", "0.5"], "--min-iou: expected --everything, too."),
         pytest.param(
             ["photo.png", "--everything", "--pipeline", "stock"],
             "pip install torchvision",
@@ -330,11 +331,11 @@ def test_contradictory_arguments_are_refused(arguments, problem, capsys):
         (["--box", "9", "9", "9", "20"], "box 9 9 9 20: expected left < right"),
         (["--point", "1", "1", "--base", "nothing"], "nothing: not a SAM v1 checkpoint"),
         (["--point", "1", "1", "--adapter", "nothing"], "nothing: not an adapter"),
-        (["--everything", "--min-iou", "7"], "min_iou 7.0: expected a number from 0 to 1"),
+        (["--everything", "--min-iou", "7"], "--min-iou 7.0: expected a number from 0 to 1"),
         (["--everything", "--image-size", "100"], "image_size"),
         (["empty", "--everything"], "empty: no images in this folder"),
         (["twin/coins.tif", "--everything"], "has the same name as"),
-        (["twin/other.tif", "--point", "1", "1"], "prompts are given for one image, but there are 2"),
+        (["twin/other.tif", "--point", "1", "1"], "--point and --box are for one image, got 2"),
     ],
 )
 def test_nothing_is_written_for_bad_prompts_and_models(arguments, problem, coins, tmp_path, monkeypatch):

@@ -168,7 +168,7 @@ def test_a_dry_run_pushes_nothing_and_a_second_push_makes_no_commit(models, monk
     [
         (("--base", str(SAM_TINY)), "a Space loads its model from the Hub"),
         (("--base", "user/none"), "user/none is not there"),
-        (("--base", "user/tiny", "--repo-id", "user/other"), "push the model first, then its Space"),
+        (("--base", "user/tiny", "--repo-id", "user/other"), "Push the model first, then its Space"),
         (("--adapter", "user/local"), "is not on the Hub: name one that is with --base"),
     ],
 )

@@ -70,7 +70,10 @@ def test_last_layers_cost_no_backward_below(arguments, load, inputs):
 
 
 def test_impossible_adapters_are_refused(load):
-    for arguments, problem in ((["--last-layers", "4"], "has 3 layers"), (["--target", "qkv"], "--target qkv")):
+    for arguments, problem in (
+        (["--last-layers", "4"], "--last-layers 4: expected 1 to 3"),
+        (["--target", "qkv"], "--target qkv"),
+    ):
         with pytest.raises(ModelError, match=problem):
             make_trainable(load(), parse_args(arguments).model)
 
