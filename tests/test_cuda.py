@@ -39,7 +39,7 @@ def image() -> torch.Tensor:
 
 
 def errors(model: nn.Module, image: torch.Tensor, exact: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Relative errors of the output and of all gradients but that of the last bias, which is the same for all models."""
+    """Relative errors of the output and of all gradients but the last bias's, which is the same for all models."""
     results = outputs_and_gradients(model, image)
     names = exact.keys() - {"neck.layer_norm2.bias"}
     return torch.stack([(results[name] - exact[name]).norm() / exact[name].norm() for name in names])
