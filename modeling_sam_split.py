@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel, SamModel, SamVisionConfig, SamVisionModel
 from transformers.modeling_utils import load_state_dict
@@ -82,10 +83,12 @@ class SamVisionAttentionSplit(SamVisionAttention):
         """Returns the attended `hidden_states` (B, rows, columns, C) and, from `eager` only, the weights (G, N, N)."""
         batch_size, rows, columns, _ = hidden_states.shape
         height, width = (self.window_size, self.window_size) if self.window_size else (rows, columns)
-
-        qkv = self.project(hidden_states, height, width)  # (3, B, padded rows, padded columns, C)
-        padded_rows, padded_columns = qkv.shape[2:4]
+        # As in stock SAM, windows attend to what zeros are projected to.
+        hidden_states = F.pad(hidden_states, (0, 0, 0, -columns % width, 0, -rows % height))
+        _, padded_rows, padded_columns, _ = hidden_states.shape
         window_rows, window_columns = batch_size * padded_rows // height, padded_columns // width
+
+        qkv = torch.stack([projection(hidden_states) for projection in (self.q, self.k, self.v)])
         qkv = qkv.view(3, window_rows, height, window_columns, width, self.num_attention_heads, -1)
         qkv = qkv.permute(0, 1, 3, 5, 2, 4, 6).contiguous()  # (3, R, S, n, H, W, d)
 
@@ -99,22 +102,6 @@ class SamVisionAttentionSplit(SamVisionAttention):
         attn_output = attn_output.reshape(batch_size, padded_rows, padded_columns, -1)
         attn_output = attn_output[:, :rows, :columns].contiguous()  # (B, rows, columns, C); a slice slows Linear down
         return self.proj(attn_output), attn_weights
-
-    def project(self, hidden_states: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        """Returns queries, keys and values (3, B, …, …, C) of `hidden_states`, padded to windows of height x width.
-
-        Stock SAM pads with zeros before the projection, and attends to the padding. So a zero token is projected.
-        """
-        batch_size, rows, columns, _ = hidden_states.shape
-        qkv = torch.stack([projection(hidden_states) for projection in (self.q, self.k, self.v)])
-        if rows % height == 0 and columns % width == 0:
-            return qkv
-        zeros = torch.zeros_like(hidden_states[:, :1, :1])  # of each image, as each may have its own adapter
-        padding = torch.stack([projection(zeros) for projection in (self.q, self.k, self.v)])  # (3, B, 1, 1, C)
-        padded_rows, padded_columns = (rows + height - 1) // height * height, (columns + width - 1) // width * width
-        padded = padding.expand(3, batch_size, padded_rows, padded_columns, -1).clone()
-        padded[:, :, :rows, :columns] = qkv
-        return padded
 
     def get_rel_pos(self, q_size: int, k_size: int, rel_pos: torch.Tensor) -> torch.Tensor:
         """As in `SamVisionAttention`, without interpolating a table (2 * size - 1, d) that has the right length."""

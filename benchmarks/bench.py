@@ -46,7 +46,7 @@ def main() -> None:
     if args.device == "cuda":
         title = ", ".join(f"{key} {value}" for key, value in machine(args.device).items())
         models = [args.model] if args.model else list(SIZES)
-        report = f"{title}\n\n{paths(models, args.output / 'gpu.jsonl')}"
+        report = f"{title}\n\n{paths(models, args.side, args.output / 'gpu.jsonl')}"
         print(report)
         (args.output / "gpu.md").write_text(report + "\n")
         return

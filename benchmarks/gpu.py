@@ -25,22 +25,22 @@ DTYPES = ("bfloat16", "float32")
 REPEATS = 3
 
 
-def paths(models: list[str], file: Path) -> str:
+def paths(models: list[str], side: int, file: Path) -> str:
     """Returns a table of all dtypes and batch sizes of `models` on all paths. Writes each result to `file` at once."""
     rows: dict[tuple, dict[str, dict[str, float]]] = {}
     cases = itertools.product(models, DTYPES, PATHS)
     with file.open("w") as lines:
         for model, dtype, path in tqdm([*cases], desc="paths"):
-            for task, batch, result in results(model, dtype, path):
+            for task, batch, result in results(model, side, dtype, path):
                 rows.setdefault((model, dtype, task, batch), {})[path] = result
                 case = {"model": model, "dtype": dtype, "task": task, "batch": batch, "path": path}
                 print(json.dumps(case | result), file=lines, flush=True)
     return table(rows)
 
 
-def results(model_name: str, dtype: str, path: str) -> Iterator[tuple[str, int, dict[str, float]]]:
+def results(model_name: str, side: int, dtype: str, path: str) -> Iterator[tuple[str, int, dict[str, float]]]:
     """Yields task, batch size and result of one model, in this process: CUDA's allocator counts its own peak."""
-    args = argparse.Namespace(implementation=path, model=model_name, dtype=dtype, side=1024, device="cuda")
+    args = argparse.Namespace(implementation=path, model=model_name, dtype=dtype, side=side, device="cuda")
     model: Any = build_model(args)
     for task, prepare in (("encoder", encoder_step), ("lora", lora_step)):
         model = adapt(model) if task == "lora" else model
@@ -54,7 +54,7 @@ def results(model_name: str, dtype: str, path: str) -> Iterator[tuple[str, int, 
 def table(rows: dict[tuple, dict[str, dict[str, float]]]) -> str:
     """Returns Markdown: time and peak memory, those of stock sdpa in absolute numbers, the others as its multiples."""
     lines = ["| | " + " | ".join(PATHS) + " |", "|---" * (len(PATHS) + 1) + "|"]
-    for (model, dtype, task, batch), row in sorted(rows.items(), key=lambda item: (item[0][2], item[0][:2])):
+    for (model, dtype, task, batch), row in sorted(rows.items(), key=lambda item: item[0][2]):
         cells = [cell(row[path], row[PEER], path == PEER) for path in PATHS]
         lines.append(f"| {TITLES[task]}, ViT-{model[0].upper()}, {dtype}, batch {batch} | {' | '.join(cells)} |")
     return "\n".join(lines)
