@@ -93,6 +93,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.adapter and args.model:
         parser.error("--adapter and --model are both given: expected one of them.")
+    if args.revision and not (args.base or args.adapter):
+        parser.error("--revision: expected --base or --adapter, too.")
     return args
 
 

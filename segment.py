@@ -66,17 +66,7 @@ def parse_args(arguments: list[str] | None = None) -> SegmentationRequest:
     group.add_argument("--force", action="store_true", help="replace what an earlier run wrote there")
     group.add_argument("--table", action="store_true", help="also write objects.csv: area, box and scores")
     args = parser.parse_args(arguments)
-    ways = [args.everything, bool(args.prompts), bool(args.coco), bool(args.masks)]
-    if sum(ways) != 1:
-        parser.error("expected one of --point and --box, --coco, --masks or --everything.")
-    for name in ("grid", "min_iou", "min_stability", "max_overlap"):
-        if getattr(args, name) is not None and not args.everything:
-            parser.error(f"--{name.replace('_', '-')}: expected --everything, too.")
-    if args.pipeline == "stock":
-        if not args.everything or args.tile:
-            parser.error("--pipeline stock: expected --everything, without --tile.")
-        if not is_torchvision_available():
-            parser.error("--pipeline stock: expected torchvision, which finds duplicates: pip install torchvision.")
+    check(parser, args)
     return SegmentationRequest(
         args.images,
         args.prompts,
@@ -92,6 +82,23 @@ def parse_args(arguments: list[str] | None = None) -> SegmentationRequest:
         args.adapter,
         changes_of(args),
     )
+
+
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Exits if arguments contradict each other, or would change nothing."""
+    ways = [args.everything, bool(args.prompts), bool(args.coco), bool(args.masks)]
+    if sum(ways) != 1:
+        parser.error("expected one of --point and --box, --coco, --masks or --everything.")
+    for name in ("grid", "min_iou", "min_stability", "max_overlap"):
+        if getattr(args, name) is not None and not args.everything:
+            parser.error(f"--{name.replace('_', '-')}: expected --everything, too.")
+    if args.revision and not (args.base or args.adapter):
+        parser.error("--revision: expected --base or --adapter, too.")
+    if args.pipeline == "stock":
+        if not args.everything or args.tile or args.max_overlap:
+            parser.error("--pipeline stock: expected --everything, without --tile and --max-overlap.")
+        if not is_torchvision_available():
+            parser.error("--pipeline stock: expected torchvision, which finds duplicates: pip install torchvision.")
 
 
 class Prompt(argparse.Action):

@@ -19,6 +19,7 @@ from .conversions import (
     note,
     note_other_adapters,
 )
+from .fetching import named_in
 from .loading import as_split, model_type, processor_for
 from .meta_adapters import MetaAdapter
 from .output_folders import staged
@@ -57,10 +58,11 @@ def convert_adapter(
         to_fused = convert is fused_adapters.to_fused
         adapter = fused_adapters.Adapter.load(source)
         adapter.require(fused_adapters.PROJECTIONS if to_fused else fused_adapters.FUSED)
-        revision = None if base else adapter.config.get("revision")
-        base = base or adapter.config.get("base_model_name_or_path")
+        revision = None
         if not base:
-            raise ValueError(f"{source} does not name the model it was trained on: give it with --base.")
+            base, revision = named_in(adapter.config)
+        if not base:
+            raise ValueError(f"{source} does not name the model that it was trained on: give it with --base.")
         split, _ = load_checked(base, revision, complete=False)
         commit = named_base(base_model, split, STOCK if to_fused else SPLIT) if base_model else None
         stock = split.to_sam()

@@ -1,6 +1,7 @@
 """Where checkpoints come from: folders and the Hub."""
 
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
@@ -26,9 +27,9 @@ def fetch(checkpoint: str, revision: str | None = None, token: str | None = None
     Raises:
         ValueError: If there is none under this name, or it cannot be downloaded.
     """
+    require_name(checkpoint, revision)
     if Path(checkpoint).is_dir():
         return Path(checkpoint).resolve()
-    require_name(checkpoint)
 
     def download(*patterns: str) -> Path:
         return Path(snapshot_download(checkpoint, revision=revision, token=token, allow_patterns=list(patterns)))
@@ -54,13 +55,17 @@ def fetch(checkpoint: str, revision: str | None = None, token: str | None = None
         ) from error
 
 
-def require_name(checkpoint: str) -> None:
-    """Checks that `checkpoint` is a folder, or may be the name of a model on the Hub.
+def require_name(checkpoint: str, revision: str | None = None) -> None:
+    """Checks that `checkpoint` is a folder, or may be the name of a model on the Hub, which alone has revisions.
 
     Raises:
-        ValueError: If it is neither.
+        ValueError: If it is neither, or a revision of a folder is asked for, which libraries would ignore.
     """
     if Path(checkpoint).is_dir():
+        if revision is not None:
+            raise ValueError(
+                f"{checkpoint} is a folder, which has no revision {revision}: give a Hub id, or no revision."
+            )
         return
     if Path(checkpoint).exists():
         raise ValueError(
@@ -70,6 +75,12 @@ def require_name(checkpoint: str) -> None:
         validate_repo_id(checkpoint)
     except HFValidationError as error:
         raise ValueError(f"{checkpoint}: there is no such folder, and it is no Hub id, which is USER/NAME.") from error
+
+
+def named_in(adapter_config: dict[str, Any]) -> tuple[str | None, str | None]:
+    """Returns the base that an adapter names, and its revision, which a folder has none of."""
+    base, revision = (adapter_config.get(name) for name in ("base_model_name_or_path", "revision"))
+    return base, None if isinstance(base, str) and Path(base).is_dir() else revision
 
 
 def is_hub_id(name: str) -> bool:

@@ -44,7 +44,7 @@ def model_type(source: str, revision: str | None = None) -> str | None:
     Raises:
         ValueError: If there is no such folder, and it is no id of the Hub either; or if it is quantized.
     """
-    require_name(source)
+    require_name(source, revision)
     with well_formed(source):
         settings = SamConfig.get_config_dict(source, revision=revision)[0]
         if "quantization_config" in settings:

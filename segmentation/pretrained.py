@@ -10,7 +10,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, SamProcessor
 from checkpoint_tools.checkout import split_class
 from checkpoint_tools.config_files import read_processor
 from checkpoint_tools.errors import well_formed
-from checkpoint_tools.fetching import require_name
+from checkpoint_tools.fetching import named_in, require_name
 from checkpoint_tools.fused_adapters import with_adapter
 from checkpoint_tools.loading import let_gradients_through_4bit, processor_sizes
 from checkpoint_tools.messages import one_line
@@ -42,8 +42,8 @@ def load_base(
     options: dict[str, Any] = {"quantization_config": quantization_config} if quantization_config else {}
     if image_size is not None:
         options["image_size"] = image_size
+    require_model_name(base, revision)
     try:
-        require_name(base)
         with well_formed(base):
             model = split_class().from_pretrained(base, revision=revision, dtype=torch.float32, **options)
         let_gradients_through_4bit(model)
@@ -72,12 +72,14 @@ def load_adapted(
         ModelError: If there is none, or the base is not one.
         SegmentationSettingsError: If the settings beside the adapter are damaged.
     """
+    require_model_name(adapter, adapter_revision)
     try:
         config = PeftConfig.from_pretrained(adapter, revision=adapter_revision)
     except (OSError, *MALFORMED) as error:
         raise ModelError(f"{adapter}: not an adapter: {one_line(error):.300}") from error
     if base is None:
-        base, revision = config.base_model_name_or_path, revision or config.revision
+        base, named_revision = named_in(vars(config))
+        revision = revision or named_revision
     if not base or not isinstance(base, str):
         raise ModelError(f"{adapter} does not name the model that it was trained on: give it with --base.")
     image_size = image_size or SegmentationSettings.load(adapter, adapter_revision).image_size
@@ -86,3 +88,15 @@ def load_adapted(
         return with_adapter(model, adapter, adapter_revision), processor
     except (OSError, RuntimeError, SafetensorError, *MALFORMED) as error:
         raise ModelError(f"{adapter}: does not fit {base}, or is damaged: {one_line(error):.300}") from error
+
+
+def require_model_name(name: str, revision: str | None) -> None:
+    """Checks a name as `require_name` does.
+
+    Raises:
+        ModelError: If it is not the name of a model.
+    """
+    try:
+        require_name(name, revision)
+    except ValueError as error:
+        raise ModelError(str(error)) from error

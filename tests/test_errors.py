@@ -170,6 +170,19 @@ def test_folders_that_are_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         assert f"{nothing}: there is no such folder, and it is no Hub id" in message
 
 
+def test_revisions_of_folders(run_upload, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Libraries ignore them."""
+    for command, arguments in (
+        (verify.main, (SAM_TINY, "--base", SAM_TINY, "--base-revision", "v1")),
+        (verify.main, (SAM_TINY, "--base", SAM_TINY, "--revision", "v1")),
+        (finetune.main, ("--revision", "v1", "--output", tmp_path / "out")),
+    ):
+        assert "is a folder, which has no revision v1" in run_main(command, monkeypatch, *arguments)
+    arguments = ("--base", SAM_TINY, "--base-revision", "v1", "--output", tmp_path / "out")
+    assert "is a folder, which has no revision v1" in run_upload(*arguments, fails=True)
+    assert not (tmp_path / "out").exists()
+
+
 def test_files_where_folders_are_expected(run_upload, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     torch.save({}, tmp_path / "sam.pth")
     assert "is a file: expected a folder" in run_upload(

@@ -309,6 +309,7 @@ def test_neighbours_have_different_colours():
         (["photo.png", "--coco", "a", "--masks", "b"], "expected one of --point"),
         (["photo.png", "--not", "1", "1"], "--not: expected --point or --box before it"),
         (["photo.png", "--point", "1", "1", "--pipeline", "stock"], "--pipeline stock: expected --everything"),
+        (["photo.png", "--point", "1", "1", "--revision", "v1"], "--revision: expected --base or --adapter, too."),
         (["photo.png", "--point", "1", "1", "--min-iou", "0.5"], "--min-iou: expected --everything, too."),
         pytest.param(
             ["photo.png", "--everything", "--pipeline", "stock"],
@@ -331,6 +332,7 @@ def test_contradictory_arguments_are_refused(arguments, problem, capsys):
         (["--box", "9", "9", "9", "20"], "box 9 9 9 20: expected left < right"),
         (["--point", "1", "1", "--base", "nothing"], "nothing: not a SAM v1 checkpoint"),
         (["--point", "1", "1", "--adapter", "nothing"], "nothing: not an adapter"),
+        (["--point", "1", "1", "--base", str(SAM_TINY), "--revision", "v1"], "is a folder, which has no revision v1"),
         (["--everything", "--min-iou", "7"], "--min-iou 7.0: expected a number from 0 to 1"),
         (["--everything", "--image-size", "100"], "image_size"),
         (["empty", "--everything"], "empty: no images in this folder"),
