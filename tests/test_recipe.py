@@ -417,7 +417,7 @@ def test_bad_files_are_named_before_anything_is_written(tmp_path):
 
 
 def test_bad_base_is_refused(tmp_path):
-    with pytest.raises(SystemExit, match="nothing: not a SAM v1 checkpoint"):
+    with pytest.raises(SystemExit, match="nothing: there is no such folder, and it is no Hub id"):
         run(tmp_path / "run", "--base", str(tmp_path / "nothing"))
 
 
