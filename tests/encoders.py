@@ -32,7 +32,7 @@ def outputs_and_gradients(encoder: nn.Module, pixel_values: torch.Tensor) -> dic
     output = encoder(leaf).last_hidden_state
     weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype, device=output.device)
     output.backward(weights.view_as(output))
-    found = {name: parameter.grad for name, parameter in encoder.named_parameters() if parameter.grad is not None}
-    for name in [name for name in found if ".q." in name]:
-        found[name.replace(".q.", ".qkv.")] = torch.cat([found.pop(name.replace(".q.", f".{p}.")) for p in "qkv"])
-    return {"output": output.detach(), "pixel_values": leaf.grad, **found}
+    grads = {name: parameter.grad for name, parameter in encoder.named_parameters() if parameter.grad is not None}
+    for name in [name for name in grads if ".q." in name]:
+        grads[name.replace(".q.", ".qkv.")] = torch.cat([grads.pop(name.replace(".q.", f".{p}.")) for p in "qkv"])
+    return {"output": output.detach(), "pixel_values": leaf.grad, **grads}
