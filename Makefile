@@ -4,7 +4,7 @@ ADAPTER ?=
 PYTEST ?=
 
 BIN := .venv/newest/bin
-ROWS := newest floor latest
+ROWS := newest floor pypi
 # Most modules are never imported, so compiling all of them takes longer than compiling those that are.
 PIP_OPTIONS := --quiet --disable-pip-version-check --no-compile
 
@@ -21,14 +21,14 @@ app: .venv/newest/installed
 # Quality gates, then all tests with the newest versions that have a build for CPUs.
 test: quality test-newest
 
-# The same, and the tests with the oldest supported versions and, less the slow ones, with the latest of all.
+# The same, and the tests with the oldest supported versions and, less the slow ones, with the newest of all, as PyPI has them.
 test-all: quality
 	$(MAKE) --jobs=3 $(ROWS:%=.venv/%/installed)
 	$(MAKE) $(ROWS:%=test-%)
 
 # The page and the notebook have the same packages of their own in every row.
 test-floor: PYTEST += --ignore=tests/test_app_page.py --ignore=tests/test_notebook.py
-test-latest: PYTEST += -m "not slow"
+test-pypi: PYTEST += -m "not slow"
 
 test-%: .venv/%/installed
 	.venv/$*/bin/pytest --numprocesses=auto --dist=worksteal $(PYTEST)

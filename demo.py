@@ -15,7 +15,7 @@ with needs("finetune"):
     from checkpoint_tools.conversions import to_split
     from checkpoint_tools.errors import one_line_errors
     from checkpoint_tools.quiet import quiet
-    from segmentation.pretrained import load_base
+    from segmentation.adapted_model import load_base
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ with needs("finetune"):
     from evaluation.scoring import MODES
     from finetuning.command_line import HelpFormatter
     from image_data.data_settings import DataSettings
-    from image_data.decoding import ImageReading
+    from image_data.pillow_images import ImageReading
     from segmentation.settings import add_arguments, changes_of
 
 

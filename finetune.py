@@ -21,8 +21,8 @@ with needs("finetune"):
     from finetuning.command_line import parse
     from finetuning.recipe import finetune
     from finetuning.settings import Settings
-    from image_data.decoding import DataError
-    from segmentation.pretrained import ModelError
+    from image_data.pillow_images import DataError
+    from segmentation.adapted_model import ModelError
 
 
 INTERRUPTED = "Interrupted. The same command with --resume goes on from the last checkpoint."

@@ -19,9 +19,9 @@ from transformers.utils import is_torchvision_available
 from checkpoint_tools.checkout import SAM_TINY
 from image_data.images import read_image
 from image_data.sources import Coins
+from segmentation.adapted_model import load_base
 from segmentation.automatic import automatic_segments
 from segmentation.predictor import Predictor
-from segmentation.pretrained import load_base
 from segmentation.settings import SegmentationSettings
 
 

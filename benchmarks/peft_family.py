@@ -20,8 +20,8 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, SamConfig, SamMode
 from transformers.utils.logging import disable_progress_bar
 
 from checkpoint_tools.checkout import split_class
-from checkpoint_tools.comparison import example_outputs, largest_relative_error
 from checkpoint_tools.loading import let_gradients_through_4bit
+from checkpoint_tools.output_comparison import example_outputs, largest_relative_error
 
 
 Q_AND_V = {"target_modules": ["q", "v"], "task_type": "FEATURE_EXTRACTION"}

@@ -7,9 +7,8 @@ from pathlib import Path
 from peft import PeftModel
 from transformers import PreTrainedModel, SamConfig, SamModel
 
-from . import fused_adapters, meta_checkpoints, meta_layout, micro_sam, samed
-from .base_model import SPLIT, STOCK, named_base
-from .comparison import example_outputs
+from . import fused_adapters, meta_checkpoints, meta_layout, micro_sam_adapters, samed_adapters
+from .base_provenance import SPLIT, STOCK, named_base
 from .conversions import (
     accepted,
     allowed_difference,
@@ -22,6 +21,7 @@ from .conversions import (
 from .fetching import named_in
 from .loading import as_split, model_type, processor_for
 from .meta_adapters import MetaAdapter
+from .output_comparison import example_outputs
 from .output_folders import staged
 
 
@@ -125,10 +125,10 @@ def from_samed(
         folder = stack.enter_context(staged(destination, "adapter", force, sources=(file, base)))
         checkpoint = read_checkpoint(file)
         split, _ = load_checked(base)
-        meta_adapter = samed.read(checkpoint.weights, split.config.vision_config.num_hidden_layers, layers)
+        meta_adapter = samed_adapters.read(checkpoint.weights, split.config.vision_config.num_hidden_layers, layers)
         if base_output is not None:
             base_folder = stack.enter_context(staged(base_output, "split model", force, sources=(file, base)))
-            split = write_base(samed.base_of(split.to_sam(), meta_adapter.weights, image_size), base_folder)
+            split = write_base(samed_adapters.base_of(split.to_sam(), meta_adapter.weights, image_size), base_folder)
             processor_for(split.config, image_mean=[0.0] * 3, image_std=[1.0] * 3).save_pretrained(base_folder)
         base = base if base_output is None else str(base_output)
         where = f"as in {base_output}" if base_output else "unless your base has them already"
@@ -158,7 +158,7 @@ def from_micro_sam(
         The relative error, like `to_sam`.
     """
     with staged(destination, "adapter and base", force, sources=(file, base)) as folder:
-        meta_adapter = micro_sam.read(read_checkpoint(file).weights)
+        meta_adapter = micro_sam_adapters.read(read_checkpoint(file).weights)
         if base is None:
             split = write_base(meta_layout.sam_from_meta(meta_adapter.weights, decoder_heads), folder / "base")
             processor_for(split.config).save_pretrained(folder / "base")

@@ -15,7 +15,6 @@ from transformers import PreTrainedModel, SamConfig, SamModel
 
 from . import meta_checkpoints, meta_layout, meta_model
 from .checkout import split_class
-from .comparison import Outputs, OutputsDifferError, compare, example_outputs, largest_relative_error
 from .config_files import keep_known_settings, read_processor
 from .errors import well_formed
 from .fetching import fetch
@@ -23,6 +22,7 @@ from .fused_adapters import read_config, require_adapter, with_adapter
 from .loading import as_split, load, model_type, processor_for, processor_sizes
 from .messages import listing, name_of
 from .meta_checkpoints import check_finite
+from .output_comparison import Outputs, OutputsDifferError, compare, example_outputs, largest_relative_error
 from .output_folders import mark_archive, staged, staged_file
 from .verification import TIED, Weights, compare_weights, split_weights, stock_model
 

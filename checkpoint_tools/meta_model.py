@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import SamConfig
 
-from .comparison import ExampleInputs
+from .output_comparison import ExampleInputs
 
 
 MODULE_NAME = "segment_anything_modeling"

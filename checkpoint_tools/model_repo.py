@@ -11,7 +11,7 @@ from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi
 
-from .base_model import Base, read_base
+from .base_provenance import Base, read_base
 from .checkout import ROOT, split_class
 from .config_files import copy_plain, keep_known_settings, read_json, read_processor
 from .errors import well_formed

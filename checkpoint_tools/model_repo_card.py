@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .base_model import Base
+from .base_provenance import Base
 from .licences import UNKNOWN, Licence
 
 

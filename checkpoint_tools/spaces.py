@@ -283,4 +283,4 @@ def loading_code(model: PinnedModel) -> str:
     if model.adapter:
         values.append(f'adapter_revision="{model.adapter_commit}"')
     lines = "".join(f"    {value},\n" for value in values)
-    return f"from segmentation.pretrained import {function}\n\nmodel, processor = {function}(\n{lines})"
+    return f"from segmentation.adapted_model import {function}\n\nmodel, processor = {function}(\n{lines})"

@@ -12,10 +12,10 @@ from huggingface_hub import ModelCard
 from safetensors import safe_open
 from transformers import AutoModel, AutoProcessor, PreTrainedModel, SamConfig, SamModel, SamProcessor
 
-from .comparison import compare, processed_outputs
 from .config_files import read_json, read_processor
 from .errors import well_formed
 from .fetching import fetch
+from .output_comparison import compare, processed_outputs
 
 
 TOLERANCE = 1e-4  # relative to the largest output: rounding differs. Weights must be equal.

@@ -12,11 +12,11 @@ from checkpoint_tools.checkout import SAM_TINY
 from checkpoint_tools.option_checks import SettingsError
 from checkpoint_tools.output_folders import require_replaceable, staged
 from image_data.data_settings import DataSettings
-from image_data.decoding import DataError, ImageReading, number_of
 from image_data.layouts import name_of, read_data, read_sources
+from image_data.pillow_images import DataError, ImageReading, number_of
 from image_data.samples import Sample, areas_of, checked
+from segmentation.adapted_model import DEVICE, load_adapted, load_base
 from segmentation.predictor import Predictor
-from segmentation.pretrained import DEVICE, load_adapted, load_base
 from segmentation.settings import SegmentationSettings
 
 from .result_files import class_table, push_to_card, table, write_results

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from image_data.samples import Sample, areas_of
-from segmentation.clicks import corrective_click, deepest
+from segmentation.corrective_clicks import corrective_click, deepest
 from segmentation.predictor import Predictor
 from segmentation.segmenter import ImageSegmenter, PromptedObject
 from segmentation.segments import Segment, iou_matrix, segments_of

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy import ndimage
 
-from image_data.decoding import number_of
+from image_data.pillow_images import number_of
 from image_data.samples import Sample
 from segmentation.automatic import Candidates, choose, find_candidates, scaled_up
 from segmentation.predictor import Predictor

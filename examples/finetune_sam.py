@@ -125,7 +125,7 @@ for axis, title, (image, labels) in zip(axes, ("training", "held out"), (*train,
 
 # %%
 from examples.finetune_minimal import mask_loss, object_ids, predict, random_point
-from segmentation.clicks import deepest
+from segmentation.corrective_clicks import deepest
 from evaluation.metrics import detection_metrics
 from segmentation.predictor import ObjectPrompts, Predictor
 from segmentation.segments import iou_matrix, segment_of

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from checkpoint_tools.predicted_masks import best_rated
-from segmentation.clicks import corrective_click
+from segmentation.corrective_clicks import corrective_click
+from segmentation.predicted_masks import best_rated
 
 
 POINT, BOX, CLICKS = "point", "box", "clicks"

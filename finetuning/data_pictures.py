@@ -6,10 +6,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
-from image_data.decoding import number_of
 from image_data.overlaps import void_of
+from image_data.pillow_images import number_of
 from image_data.samples import Sample
-from segmentation.clicks import deepest
+from segmentation.corrective_clicks import deepest
 from segmentation.overlays import draw_segments
 from segmentation.segments import Segment, segments_of
 

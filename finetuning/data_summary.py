@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from image_data.decoding import number_of
+from image_data.pillow_images import number_of
 from image_data.samples import Sample, TrainValidationParts, lines
 from image_data.sources import Source
 

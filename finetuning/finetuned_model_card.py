@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from checkpoint_tools.base_model import Base
+from checkpoint_tools.base_provenance import Base
 from checkpoint_tools.config_files import read_json
 from checkpoint_tools.licences import UNKNOWN
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from transformers import EvalPrediction
 
-from checkpoint_tools.predicted_masks import best_rated, mask_iou
+from segmentation.predicted_masks import best_rated, mask_iou
 
 from .click_rounds import Prediction
 

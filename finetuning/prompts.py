@@ -11,7 +11,7 @@ from transformers import SamProcessor
 
 from image_data.overlaps import mask_of, void_of
 from image_data.samples import Sample, Window, shrink, visible
-from segmentation.clicks import deepest
+from segmentation.corrective_clicks import deepest
 
 from .augmentation import blurred, changed_intensity
 from .embedding_cache import EmbeddingCache

@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from transformers import TrainerState, set_seed
 
-from checkpoint_tools.base_model import Base, described, named_base
+from checkpoint_tools.base_provenance import Base, described, named_base
 from checkpoint_tools.conversions import load_checked
 from checkpoint_tools.fetching import fetch
 from checkpoint_tools.licences import Licence
@@ -19,7 +19,7 @@ from checkpoint_tools.option_checks import SettingsError
 from checkpoint_tools.push_to_hub import check_destination
 from image_data.layouts import read_data
 from image_data.samples import Sample
-from segmentation.pretrained import load_base
+from segmentation.adapted_model import load_base
 
 from .data_summary import PICTURE, DataSummary
 from .prompts import ValidationSet

@@ -9,19 +9,19 @@ import numpy as np
 from huggingface_hub import HfApi, get_token
 from transformers import PreTrainedModel, SamModel, SamProcessor
 
-from checkpoint_tools.base_model import Base
+from checkpoint_tools.base_provenance import Base
 from checkpoint_tools.checkout import ROOT
-from checkpoint_tools.comparison import relative_error
 from checkpoint_tools.config_files import keep_known_settings
 from checkpoint_tools.licences import CODE_LICENCE
 from checkpoint_tools.model_repo import FILES
+from checkpoint_tools.output_comparison import relative_error
 from checkpoint_tools.output_folders import json_text, staged
 from checkpoint_tools.push_to_hub import Destination, check_destination
 from checkpoint_tools.push_to_hub import push as push_files
 from evaluation.thresholds import labelled_images, sweep_thresholds
 from image_data.samples import TrainValidationParts
+from segmentation.adapted_model import load_base
 from segmentation.predictor import Predictor
-from segmentation.pretrained import load_base
 
 from .finetuned_model_card import Kind, card, is_stock, worse_than_base
 from .result_pictures import items_to_show, masks_to_show, predict, write_pictures

@@ -18,9 +18,9 @@ from torch.utils.data import default_collate
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
-from checkpoint_tools.predicted_masks import best_rated
 from image_data.overlaps import mask_of
 from segmentation.overlays import distinct_colours, draw_segments
+from segmentation.predicted_masks import best_rated
 from segmentation.segments import segment_of
 
 from .click_rounds import POINT, Prompting, Rounds

@@ -10,7 +10,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from checkpoint_tools.checkout import split_class
 from checkpoint_tools.fused_adapters import with_adapter
-from segmentation.pretrained import ModelError
+from segmentation.adapted_model import ModelError
 
 from .settings import ModelSettings
 

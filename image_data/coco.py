@@ -14,10 +14,10 @@ from urllib.parse import unquote
 import numpy as np
 
 from .coco_masks import EmptyMaskError, decode, is_missing, shortened, whole_number
-from .decoding import DataError, ImageReading, number_of, upright
 from .images import read_pixels, rgb_of
 from .overlaps import layers_of
 from .patterns import checked_folder, files_in
+from .pillow_images import DataError, ImageReading, number_of, upright
 from .sources import LabelledImage, Source, SourceList
 
 

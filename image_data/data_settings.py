@@ -8,9 +8,9 @@ from transformers.hf_argparser import HfArg
 
 from checkpoint_tools.option_checks import SettingsError, require_at_least, require_share
 
-from .decoding import MAX_PIXELS, DataError, ImageReading
 from .labels import LabelReading
 from .patterns import Pattern
+from .pillow_images import MAX_PIXELS, DataError, ImageReading
 
 
 @dataclass

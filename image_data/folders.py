@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 
-from .decoding import DataError, ImageReading, Pixels, number_of
 from .images import (
     IMAGE_SUFFIXES,
     MASK_SUFFIXES,
@@ -21,6 +20,7 @@ from .labels import LabelReading
 from .mask_interpretation import interpret_masks
 from .overlaps import layers_of
 from .patterns import Pattern, checked_folder, files_in
+from .pillow_images import DataError, ImageReading, Pixels, number_of
 from .sources import LabelledImage, Source, SourceList
 
 

@@ -12,11 +12,11 @@ import numpy as np
 
 from .coco import Annotation, identity, reason_to_skip, with_objects
 from .coco_masks import shortened
-from .decoding import DataError, ImageReading, Pixels, number_of
 from .images import read_mask, read_pixels, rgb_of, turn_with_image
 from .labels import LabelReading
 from .mask_interpretation import interpret_masks
 from .overlaps import layers_of
+from .pillow_images import DataError, ImageReading, Pixels, number_of
 from .sources import LabelledImage, Source, SourceList
 
 

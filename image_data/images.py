@@ -6,7 +6,8 @@ import numpy as np
 from PIL import UnidentifiedImageError
 from tifffile import TiffFileError
 
-from .decoding import (
+from .intensities import IntensityError, with_8_bits
+from .pillow_images import (
     ImageReading,
     Pixels,
     number_of,
@@ -17,7 +18,6 @@ from .decoding import (
     raw_mode,
     upright,
 )
-from .intensities import IntensityError, with_8_bits
 from .tiff import read_tiff, tiff_page_count
 
 

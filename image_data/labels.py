@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from skimage import measure
 
-from .decoding import DataError
+from .pillow_images import DataError
 
 
 MOST_NUMBERS = 2**16

@@ -9,10 +9,10 @@ from typing import Any
 
 from .coco import coco_images
 from .data_settings import DataSettings
-from .decoding import DataError, number_of
 from .folders import paired_files
 from .hub_datasets import DatasetSettings, dataset_parts
 from .patterns import Pattern, files_in
+from .pillow_images import DataError, number_of
 from .samples import TrainValidationParts, train_validation_parts
 from .sources import Coins, Source, SourceList
 

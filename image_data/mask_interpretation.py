@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from tqdm import tqdm
 
-from .decoding import DataError
 from .labels import LabelReading
 from .mask_facts import MaskFacts, examine
+from .pillow_images import DataError
 
 
 Answers = list[tuple[bool, str]]  # whether it is a question, and its text or a note

@@ -6,7 +6,7 @@ import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
-from .decoding import DataError
+from .pillow_images import DataError
 
 
 OF_WINDOWS = ("thumbs.db", "desktop.ini")  # files that its explorer writes and hides

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from tqdm import tqdm
 
-from .decoding import DataError
 from .duplicate_images import Copies
 from .image_cache import ImageCache
+from .pillow_images import DataError
 from .sources import LabelledImage, Source
 
 

@@ -8,7 +8,16 @@ import numpy as np
 from PIL import Image
 from tifffile import COMPRESSION, PHOTOMETRIC, SAMPLEFORMAT, TiffFile
 
-from .decoding import ORIENTATION, ImageReading, Pixels, open_image, page_index, pillow_pixels, require_size, upright
+from .pillow_images import (
+    ORIENTATION,
+    ImageReading,
+    Pixels,
+    open_image,
+    page_index,
+    pillow_pixels,
+    require_size,
+    upright,
+)
 
 
 Page = Any  # TiffPage, or TiffFrame, which has its attributes in `keyframe`

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import SamConfig, SamModel, SamProcessor, get_cosine_schedule_with_warmup, set_seed
 
 from checkpoint_tools.loading import processor_for
-from checkpoint_tools.predicted_masks import best_rated, mask_iou
+from segmentation.predicted_masks import best_rated, mask_iou
 
 from .drawn_scenes import DrawnScenes
 

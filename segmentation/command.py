@@ -11,13 +11,13 @@ from transformers import PreTrainedModel, SamProcessor, pipeline
 
 from checkpoint_tools.checkout import SAM_TINY
 from checkpoint_tools.output_folders import require_replaceable, staged
-from image_data.decoding import DataError, number_of
 from image_data.images import IMAGE_SUFFIXES, MASK_SUFFIXES, read_image
 from image_data.patterns import files_in
+from image_data.pillow_images import DataError, number_of
 
+from .adapted_model import DEVICE, load_adapted, load_base
 from .automatic import AutomaticSegments
 from .predictor import Predictor
-from .pretrained import DEVICE, load_adapted, load_base
 from .prompt_files import PromptFileError, coco_boxes, rough_masks
 from .result_files import Annotations, SegmentedImage, write_pictures
 from .segmenter import ImageSegmenter, PromptedObject, check_prompts

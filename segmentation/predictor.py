@@ -17,7 +17,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, SamProcessor
 
-from checkpoint_tools.predicted_masks import best_rated
+from .predicted_masks import best_rated
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ from typing import Any, Self
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from image_data.decoding import DataError, ImageReading
+from image_data.pillow_images import DataError, ImageReading
 
 
 FILE_NAME = "segmentation.json"

@@ -38,12 +38,12 @@ from transformers.utils.logging import disable_progress_bar, get_verbosity, set_
 
 import upload  # noqa: E402
 from checkpoint_tools import model_repo  # noqa: E402
-from checkpoint_tools.base_model import read_base  # noqa: E402
+from checkpoint_tools.base_provenance import read_base  # noqa: E402
 from checkpoint_tools.checkout import ROOT, split_class  # noqa: E402
-from checkpoint_tools.comparison import relative_error  # noqa: E402
 from checkpoint_tools.licences import Licence  # noqa: E402
 from checkpoint_tools.loading import processor_for  # noqa: E402
 from checkpoint_tools.model_repo_card import card_facts, model_card  # noqa: E402
+from checkpoint_tools.output_comparison import relative_error  # noqa: E402
 
 
 disable_progress_bar()

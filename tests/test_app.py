@@ -32,7 +32,7 @@ from webapp.handlers import (
 )
 from webapp.model import SharedModel
 from webapp.open_image import OpenImage, open_file
-from webapp.screen import LONG_SIDE, place_in_image
+from webapp.screen_scaling import LONG_SIDE, place_in_image
 from webapp.session import ActionError, Session
 
 

@@ -12,8 +12,8 @@ from PIL import Image
 
 import finetune
 from checkpoint_tools.checkout import ROOT
-from image_data.decoding import ImageReading
 from image_data.image_cache import ImageCache
+from image_data.pillow_images import ImageReading
 from image_data.samples import CACHE, train_validation_parts
 from image_data.sources import LabelledImage, Source
 from segmentation.overlays import COLOURS

@@ -15,8 +15,8 @@ from pycocotools import mask as peer
 
 from image_data.coco import coco_images
 from image_data.coco_masks import decode
-from image_data.decoding import DataError
 from image_data.overlaps import mask_of
+from image_data.pillow_images import DataError
 from image_data.samples import TrainValidationParts, train_validation_parts
 from image_data.sources import SourceList
 

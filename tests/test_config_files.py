@@ -14,7 +14,7 @@ import convert
 import finetune
 import segment
 from checkpoint_tools.config_files import SETTINGS, read_processor
-from segmentation.pretrained import ModelError, load_base
+from segmentation.adapted_model import ModelError, load_base
 
 
 OLD = {  # as facebook/sam-vit-base has it

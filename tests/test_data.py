@@ -8,8 +8,8 @@ import tifffile
 from labelled_images import MASK_SIDE, blocks, png, save_pair
 from PIL import Image
 
-from image_data.decoding import DataError
 from image_data.folders import paired_files
+from image_data.pillow_images import DataError
 from image_data.samples import train_validation_parts
 from image_data.sources import Coins
 

@@ -11,7 +11,7 @@ import finetune
 from finetuning.embedding_cache import EmbeddingCache
 from finetuning.settings import SAM_TINY
 from image_data.samples import Sample
-from segmentation.pretrained import load_base
+from segmentation.adapted_model import load_base
 
 
 @pytest.fixture

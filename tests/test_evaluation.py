@@ -27,12 +27,12 @@ from evaluation.scoring import (
     first_click,
     with_correction,
 )
-from image_data.decoding import ImageReading
 from image_data.layouts import read_data
+from image_data.pillow_images import ImageReading
 from image_data.samples import Sample
 from image_data.sources import LabelledImage
 from pretraining.drawn_scenes import draw_scene
-from segmentation.pretrained import load_base
+from segmentation.adapted_model import load_base
 from segmentation.segmenter import PromptedObject
 from segmentation.segments import iou_matrix, segment_of, segments_of
 from segmentation.settings import SegmentationSettings

@@ -18,7 +18,7 @@ from peft import PeftModel
 
 import finetune
 import segment
-from checkpoint_tools.base_model import described
+from checkpoint_tools.base_provenance import described
 from checkpoint_tools.checkout import SAM_TINY, split_class
 from checkpoint_tools.licences import Licence
 from checkpoint_tools.push_to_hub import PushError
@@ -26,7 +26,7 @@ from finetuning.finetuned_model_card import card
 from finetuning.result_files import complete_adapter, push
 from finetuning.settings import ModelSettings
 from finetuning.trainable_weights import make_trainable
-from segmentation.pretrained import load_base
+from segmentation.adapted_model import load_base
 
 
 pytestmark = [

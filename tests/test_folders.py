@@ -9,11 +9,11 @@ import pytest
 from labelled_images import MASK_SIDE, blocks
 from PIL import Image
 
-from image_data.decoding import DataError
 from image_data.folders import paired_files
 from image_data.labels import LabelReading
 from image_data.overlaps import mask_of
 from image_data.patterns import Pattern
+from image_data.pillow_images import DataError
 from image_data.samples import train_validation_parts
 from image_data.sources import SourceList
 

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel, SamModel, SamVisionModel
 
 from checkpoint_tools.adapter_conversions import adapter_to_fused, adapter_to_split
 from checkpoint_tools.checkout import split_class
-from checkpoint_tools.comparison import relative_error
-from segmentation.pretrained import load_adapted
+from checkpoint_tools.output_comparison import relative_error
+from segmentation.adapted_model import load_adapted
 
 
 def assert_same_function(

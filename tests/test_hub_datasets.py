@@ -16,9 +16,9 @@ from labelled_images import MASK_SIDE, blocks
 from PIL import Image
 
 import finetune
-from image_data.decoding import DataError
 from image_data.layouts import read_data, read_parts
 from image_data.overlaps import mask_of
+from image_data.pillow_images import DataError
 from image_data.sources import LabelledImage
 
 

@@ -8,8 +8,8 @@ import tifffile
 from labelled_images import png
 from PIL import Image, ImageCms, ImageOps
 
-from image_data.decoding import DataError, ImageReading
 from image_data.images import read_image, read_mask
+from image_data.pillow_images import DataError, ImageReading
 
 
 RNG = np.random.default_rng(0)

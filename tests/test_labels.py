@@ -8,10 +8,10 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
-from image_data.decoding import DataError
 from image_data.labels import VOID, LabelReading
 from image_data.mask_facts import examine
 from image_data.mask_interpretation import interpret
+from image_data.pillow_images import DataError
 
 
 def discs(seed: int = 0, number: int = 6, side: int = 120) -> np.ndarray:

@@ -10,8 +10,8 @@ from labelled_images import MASK_SIDE, blocks
 from PIL import Image
 
 import finetune
-from image_data.decoding import DataError
 from image_data.layouts import PartSources, read_data, read_parts
+from image_data.pillow_images import DataError
 
 
 def save(folder: Path, *names: str) -> None:

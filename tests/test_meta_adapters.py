@@ -17,9 +17,9 @@ from torch import nn
 from transformers import AutoModel, SamConfig
 
 from checkpoint_tools import meta_adapters, meta_layout, meta_model
-from checkpoint_tools.comparison import example_outputs, largest_relative_error
 from checkpoint_tools.fused_adapters import assemble
 from checkpoint_tools.loading import as_split
+from checkpoint_tools.output_comparison import example_outputs, largest_relative_error
 
 
 RANK = 3

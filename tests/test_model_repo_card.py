@@ -9,8 +9,8 @@ import pytest
 from conftest import FIGURES, run_python
 from huggingface_hub import ModelCard
 
-from checkpoint_tools import base_model
-from checkpoint_tools.base_model import read_base
+from checkpoint_tools import base_provenance
+from checkpoint_tools.base_provenance import read_base
 from checkpoint_tools.card_parsing import read_card
 from checkpoint_tools.licences import Licence
 from checkpoint_tools.model_repo_card import card_facts, model_card
@@ -48,7 +48,7 @@ def card_of_folder(folder: Path, **figures) -> ModelCard:
 @pytest.fixture
 def card_on_hub(folder: Path, monkeypatch: pytest.MonkeyPatch):
     """The card of a model made of someone/sam, whose files are in `folder`."""
-    monkeypatch.setattr(base_model, "fetch", lambda *args: folder)
+    monkeypatch.setattr(base_provenance, "fetch", lambda *args: folder)
 
     def make(licence: Licence | None = None, **figures) -> ModelCard:
         base = read_base("someone/sam", licence=licence)

@@ -12,10 +12,10 @@ from PIL import Image
 from finetuning.command_line import parse
 from finetuning.prompts import OUTSIDE, ItemEncoder, Prompts, TrainingSet, ValidationSet
 from image_data.coco import coco_images
-from image_data.decoding import DataError, ImageReading
 from image_data.folders import paired_files
 from image_data.labels import VOID, LabelReading
 from image_data.layouts import read_data
+from image_data.pillow_images import DataError, ImageReading
 from image_data.samples import train_validation_parts
 from image_data.sources import Coins
 

@@ -31,7 +31,7 @@ from finetuning.prompts import ItemEncoder, Prompts, ValidationSet
 from finetuning.resuming import last_checkpoint
 from finetuning.trainable_weights import trained
 from image_data.layouts import read_data
-from segmentation.pretrained import load_base
+from segmentation.adapted_model import load_base
 from segmentation.settings import SegmentationSettings
 
 

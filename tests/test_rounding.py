@@ -12,7 +12,7 @@ from transformers import SamModel
 
 from checkpoint_tools import conversions, fused_adapters
 from checkpoint_tools.checkout import split_class
-from checkpoint_tools.comparison import example_outputs, largest_relative_error
+from checkpoint_tools.output_comparison import example_outputs, largest_relative_error
 
 
 HALF = ["float16", "bfloat16"]

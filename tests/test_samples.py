@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from labelled_images import MASK_SIDE, Array, blocks
 
-from image_data.decoding import DataError
+from image_data.pillow_images import DataError
 from image_data.samples import BETWEEN_PARTS, shrink, tiles, train_validation_parts
 from image_data.sources import Source
 

@@ -8,8 +8,8 @@ import pytest
 from checkpoint_tools.checkout import SAM_TINY
 from evaluation.metrics import detection_metrics
 from pretraining.drawn_scenes import draw_scene
+from segmentation.adapted_model import load_base
 from segmentation.predictor import Predictor
-from segmentation.pretrained import load_base
 from segmentation.segmenter import ImageSegmenter, PromptedObject
 from segmentation.segments import iou_matrix, segments_of
 from segmentation.settings import SegmentationSettings

@@ -19,8 +19,8 @@ from peft import LoraConfig, get_peft_model
 from checkpoint_tools import spaces
 from checkpoint_tools.checkout import ROOT, SAM_TINY, split_class
 from checkpoint_tools.output_folders import MARKER
-from segmentation import pretrained
-from segmentation.pretrained import load_adapted
+from segmentation import adapted_model
+from segmentation.adapted_model import load_adapted
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # huggingface_hub's own
@@ -125,7 +125,7 @@ def test_the_models_are_pinned_and_described(models, monkeypatch, answers, tmp_p
     assert "| a | b |" not in card.text
     (code,) = re.findall("```python\n(.*?)```", card.text, re.DOTALL)
     signature, calls = inspect.signature(load_adapted), []
-    monkeypatch.setattr(pretrained, "load_adapted", lambda *args, **kwargs: calls.append((args, kwargs)) or (1, 2))
+    monkeypatch.setattr(adapted_model, "load_adapted", lambda *args, **kwargs: calls.append((args, kwargs)) or (1, 2))
     exec(code, {})
     (call,) = calls
     assert signature.bind(*call[0], **call[1]).arguments == {

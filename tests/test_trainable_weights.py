@@ -9,7 +9,7 @@ from checkpoint_tools.checkout import SAM_TINY
 from checkpoint_tools.loading import processor_for
 from finetune import parse_args
 from finetuning.trainable_weights import make_trainable
-from segmentation.pretrained import ModelError, load_base
+from segmentation.adapted_model import ModelError, load_base
 
 
 VISION_LORA = r"vision_encoder\.layers\.\d\.attn\.[qv]\.lora_[AB]\.default\.weight"

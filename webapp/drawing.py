@@ -10,7 +10,7 @@ from segmentation.segmenter import PromptedObject
 from segmentation.segments import Segment
 
 from .open_image import OpenImage
-from .screen import fitted_segment
+from .screen_scaling import fitted_segment
 from .session import Prompt, Session
 
 

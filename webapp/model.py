@@ -12,9 +12,9 @@ from peft import PeftModel
 from transformers import PreTrainedModel, SamProcessor
 
 from checkpoint_tools.checkout import SAM_TINY
+from segmentation.adapted_model import DEVICE, load_adapted, load_base
 from segmentation.automatic import Candidates, choose, find_candidates, scaled_up, stability_scores
 from segmentation.predictor import EncodedImage, ObjectPrompts, Predictor
-from segmentation.pretrained import DEVICE, load_adapted, load_base
 from segmentation.segments import Segment, segment_of
 from segmentation.settings import SegmentationSettings
 from segmentation.tiling import joined

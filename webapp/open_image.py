@@ -13,7 +13,7 @@ from segmentation.segments import Segment
 from segmentation.settings import SegmentationSettings
 
 from .model import SharedModel
-from .screen import fitted
+from .screen_scaling import fitted
 
 
 OPTIONS = " (Options of app.py and segment.py.)"

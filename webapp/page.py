@@ -26,7 +26,7 @@ from .handlers import (
 )
 from .model import SharedModel
 from .open_image import open_file
-from .screen import place_in_image
+from .screen_scaling import place_in_image
 from .session import ActionError, Session
 
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel, SamProcessor
 
-from ..comparison import Outputs, example_outputs, largest_relative_error
 from ..config_files import read_processor
 from ..conversions import accepted, allowed_difference, effect_of, load_at_side_of, note, note_other_adapters
 from ..fused_adapters import with_adapter
 from ..loading import processor_for
+from ..output_comparison import Outputs, example_outputs, largest_relative_error
 from ..output_folders import staged
 from .graphs import Graph
 from .interface import Interface, Tensors

@@ -1,4 +1,4 @@
-"""The base of a model repo or an adapter: the checkpoint with its card and its licence, or an equal one on the Hub."""
+"""Where a base comes from: the card and the licence of the checkpoint, or of an equal one on the Hub."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,13 +7,13 @@ import torch
 from transformers import PreTrainedModel
 
 from .card_parsing import ParsedCard, read_card
-from .comparison import OutputsDifferError, compare, example_outputs
 from .config_files import read_json
 from .conversions import TOLERANCE, load_checked
 from .fetching import fetch, is_hub_id
 from .licences import Licence, combined, stated_licence
 from .loading import model_type
 from .messages import listing
+from .output_comparison import OutputsDifferError, compare, example_outputs
 from .verification import split_weights
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from segmentation.clicks import corrective_click, deepest
+from segmentation.corrective_clicks import corrective_click, deepest
 
 
 @pytest.fixture

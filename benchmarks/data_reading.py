@@ -1,6 +1,6 @@
 """Measures what the check of many files costs, and what a part of a large image costs in training.
 
-python -m benchmarks.data --files 2000 --side 256
+python -m benchmarks.data_reading --files 2000 --side 256
 
 Both are CPU times of one thread. The check runs in processes of its own, for a tenth of the files and for all; memory
 that grows from one to the other would be that of files which are kept.
@@ -23,7 +23,7 @@ from checkpoint_tools.checkout import ROOT, SAM_TINY
 from finetuning.prompts import ItemEncoder, Prompts, TrainingSet
 from image_data.folders import FilePair
 from image_data.samples import CACHE, Sample, areas_of
-from segmentation.pretrained import load_base
+from segmentation.adapted_model import load_base
 
 
 MASK_SIDE = 256
@@ -50,7 +50,9 @@ def main() -> None:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.data_reading",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--files", type=int, default=2000, help="images to check")
     parser.add_argument("--side", type=int, default=256, help="their pixels along a side")
