@@ -7,7 +7,7 @@ from pathlib import Path
 from peft import PeftModel
 from transformers import PreTrainedModel, SamConfig, SamModel
 
-from . import fused_adapters, meta_checkpoints, meta_layout, micro_sam_adapters, samed_adapters
+from . import fused_adapters, meta_layout, micro_sam_adapters, samed_adapters, wrapped_checkpoints
 from .base_provenance import SPLIT, STOCK, named_base
 from .conversions import (
     accepted,
@@ -168,9 +168,9 @@ def from_micro_sam(
         return write_adapter(meta_adapter, split, base or str(destination / "base"), folder / "adapter", base_model)
 
 
-def read_checkpoint(file: Path) -> meta_checkpoints.MetaCheckpoint:
+def read_checkpoint(file: Path) -> wrapped_checkpoints.MetaCheckpoint:
     """Returns what `file` holds, and prints what was stripped."""
-    checkpoint = meta_checkpoints.read(file)
+    checkpoint = wrapped_checkpoints.read(file)
     for message in checkpoint.notes:
         note(message)
     return checkpoint

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, SamConfig, SamModel
 
-from . import meta_checkpoints, meta_layout, meta_model
+from . import meta_layout, meta_model, wrapped_checkpoints
 from .checkout import split_class
 from .config_files import keep_known_settings, read_processor
 from .errors import well_formed
@@ -21,10 +21,10 @@ from .fetching import fetch
 from .fused_adapters import read_config, require_adapter, with_adapter
 from .loading import as_split, load, model_type, processor_for, processor_sizes
 from .messages import listing, name_of
-from .meta_checkpoints import check_finite
 from .output_comparison import Outputs, OutputsDifferError, compare, example_outputs, largest_relative_error
 from .output_folders import mark_archive, staged, staged_file
 from .verification import TIED, Weights, compare_weights, split_weights, stock_model
+from .wrapped_checkpoints import check_finite
 
 
 TOLERANCE = 1e-4  # relative to the largest output: fp32 rounds differently in another order
@@ -115,7 +115,7 @@ def from_meta(
     """Writes a checkpoint in Meta's layout, as trainers save it, as a split or `stock` model.
 
     Args:
-        file: Weights of `segment_anything`, see `meta_checkpoints`.
+        file: Weights of `segment_anything`, see `wrapped_checkpoints`.
         destination: The folder to write.
         stock: Whether to write a stock `SamModel`.
         decoder_heads: Attention heads of the decoder, if it is not Meta's.
@@ -128,7 +128,7 @@ def from_meta(
         The relative error, like `to_sam`.
     """
     with staged(destination, "stock model" if stock else "split model", force, sources=(file,)) as folder:
-        checkpoint = meta_checkpoints.read(file)
+        checkpoint = wrapped_checkpoints.read(file)
         for message in checkpoint.notes:
             note(message)
         model = meta_layout.sam_from_meta(checkpoint.weights, decoder_heads)
@@ -202,7 +202,7 @@ def to_meta(source: str, file: Path, force: bool = False) -> float:
             )
         torch.save(meta_layout.meta_from_sam(model.to(dtype)), staged_path)
         mark_archive(staged_path, "checkpoint in Meta's layout")
-        weights = meta_checkpoints.read(staged_path).weights
+        weights = wrapped_checkpoints.read(staged_path).weights
         stock = stock_model(fetch(source))
         epsilon = model.config.mask_decoder_config.layer_norm_eps
         if epsilon != meta_layout.DECODER_LAYER_NORM_EPS:

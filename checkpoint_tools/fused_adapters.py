@@ -25,7 +25,7 @@ from torch import nn
 
 from .errors import well_formed
 from .messages import listing
-from .meta_checkpoints import check_finite
+from .wrapped_checkpoints import check_finite
 
 
 PROJECTIONS = ("q", "k", "v")

@@ -19,7 +19,7 @@ from segmentation.adapted_model import DEVICE, load_adapted, load_base
 from segmentation.predictor import Predictor
 from segmentation.settings import SegmentationSettings
 
-from .result_files import class_table, push_to_card, table, write_results
+from .report import class_table, push_to_card, table, write_results
 from .scoring import (
     AUTOMATIC,
     MODES,

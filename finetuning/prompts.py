@@ -10,7 +10,8 @@ from torch.utils.data import Dataset
 from transformers import SamProcessor
 
 from image_data.overlaps import mask_of, void_of
-from image_data.samples import Sample, Window, shrink, visible
+from image_data.samples import Sample, shrink, visible
+from image_data.tiles import Window
 from segmentation.corrective_clicks import deepest
 
 from .augmentation import blurred, changed_intensity

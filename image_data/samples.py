@@ -11,9 +11,9 @@ from .duplicate_images import Copies
 from .image_cache import ImageCache
 from .pillow_images import DataError
 from .sources import LabelledImage, Source
+from .tiles import Window, tiles
 
 
-Window = tuple[slice, slice]
 CACHE = ImageCache()  # of this process: many tiles share an image
 
 
@@ -272,21 +272,6 @@ def halves(size: tuple[int, int], validation: float) -> dict[str, Window]:
         return {"train": (slice(0, height), slice(0, cut)), "validation": (slice(0, height), slice(cut, width))}
     cut = round(height * (1 - validation))
     return {"train": (slice(0, cut), slice(0, width)), "validation": (slice(cut, height), slice(0, width))}
-
-
-def tiles(part: Window, side: int | None, overlap: float) -> Iterator[Window]:
-    """Windows of at most `side` pixels that cover `part`; the last of a row or column ends at the border."""
-    if side is None:
-        yield part
-        return
-
-    def starts(span: slice) -> list[int]:
-        last = max(span.start, span.stop - side)
-        return [*range(span.start, last, max(1, round(side * (1 - overlap)))), last]
-
-    for top in starts(part[0]):
-        for left in starts(part[1]):
-            yield slice(top, min(top + side, part[0].stop)), slice(left, min(left + side, part[1].stop))
 
 
 def shrink(labels: np.ndarray, side: int) -> np.ndarray:

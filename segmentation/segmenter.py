@@ -14,13 +14,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from image_data.samples import Window
+from image_data.tiles import Window
 
 from .automatic import MASKS_PER_BATCH, AutomaticSegments, automatic_segments, stability_scores
+from .joining_tiles import joined, tile_windows
 from .predictor import EncodedImage, ObjectPrompts, Predictor
 from .segments import Segment, segment_of
 from .settings import SegmentationSettings
-from .tiling import joined, tile_windows
 
 
 CONFIDENT = 0.999  # probability of a pixel of a mask that is a prompt, as in micro-sam

@@ -17,7 +17,7 @@ from conftest import Malicious, stock_model
 from torch import nn
 from transformers import SamModel
 
-from checkpoint_tools import meta_checkpoints, meta_layout
+from checkpoint_tools import meta_layout, wrapped_checkpoints
 
 
 ITEM = namedtuple("ITEM", "path roi")
@@ -106,7 +106,7 @@ def test_objects_beside_the_weights(case, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     weight = torch.arange(6.0)
     torch.save({"model": {"weight": weight}, "x": {**OBJECTS, **CODE}[case]}, "best.pt")
-    checkpoint = meta_checkpoints.read(Path("best.pt"))
+    checkpoint = wrapped_checkpoints.read(Path("best.pt"))
     assert torch.equal(checkpoint.weights["weight"], weight)
     noted = "Not read, because that could run code: objects of " in checkpoint.notes[-1]
     assert noted == (case not in ("NumPy's numbers", "NumPy's generator"))
@@ -154,11 +154,11 @@ def test_what_cannot_be_replaced_is_refused_by_name(content, name, tmp_path):
     path = tmp_path / "sam.pth"
     torch.save({"model": {"weight": torch.ones(1)}, "x": content}, path)
     with pytest.raises(ValueError, match=rf"without running code: {name}\. If you trust the file"):
-        meta_checkpoints.read(path)
+        wrapped_checkpoints.read(path)
 
 
 def test_another_pickle_protocol(tmp_path):
     path = tmp_path / "sam.pth"
     torch.save({"weight": torch.ones(1)}, path, pickle_protocol=4)
     with pytest.raises(ValueError, match=r"not written by torch\.save with its own pickle_protocol"):
-        meta_checkpoints.read(path)
+        wrapped_checkpoints.read(path)

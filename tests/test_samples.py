@@ -5,8 +5,9 @@ import pytest
 from labelled_images import MASK_SIDE, Array, blocks
 
 from image_data.pillow_images import DataError
-from image_data.samples import BETWEEN_PARTS, shrink, tiles, train_validation_parts
+from image_data.samples import BETWEEN_PARTS, shrink, train_validation_parts
 from image_data.sources import Source
+from image_data.tiles import tiles
 
 
 def test_tiles_cover_the_image_and_overlap():

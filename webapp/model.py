@@ -14,10 +14,10 @@ from transformers import PreTrainedModel, SamProcessor
 from checkpoint_tools.checkout import SAM_TINY
 from segmentation.adapted_model import DEVICE, load_adapted, load_base
 from segmentation.automatic import Candidates, choose, find_candidates, scaled_up, stability_scores
+from segmentation.joining_tiles import joined
 from segmentation.predictor import EncodedImage, ObjectPrompts, Predictor
 from segmentation.segments import Segment, segment_of
 from segmentation.settings import SegmentationSettings
-from segmentation.tiling import joined
 
 from .zero_gpu import on_gpu
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from image_data.images import read_image
-from image_data.samples import Window
+from image_data.tiles import Window
 from segmentation.automatic import Candidates
 from segmentation.predictor import EncodedImage, ObjectPrompts
 from segmentation.segmenter import ImageSegmenter, PromptedObject

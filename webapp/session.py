@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from image_data.samples import Window
+from image_data.tiles import Window
 from segmentation.automatic import Candidates
 from segmentation.segmenter import PromptedObject
 from segmentation.segments import Segment, by_area

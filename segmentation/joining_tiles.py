@@ -6,7 +6,7 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from image_data.samples import Window, tiles
+from image_data.tiles import Window, tiles
 
 from .segments import Segment, distinct_segments, segment_of
 

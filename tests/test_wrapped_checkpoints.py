@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import SamModel, SamProcessor
 
-from checkpoint_tools import meta_checkpoints, meta_layout
+from checkpoint_tools import meta_layout, wrapped_checkpoints
 
 
 HEADS = "--decoder-heads 2"
@@ -177,7 +177,7 @@ def test_damage_of_any_kind_is_one_error(tmp_path):
             for damaged in (cut, bytes(changed)):
                 path.write_bytes(damaged)
                 try:
-                    meta_checkpoints.read(path)
+                    wrapped_checkpoints.read(path)
                 except ValueError as error:
                     message = str(error)
                     assert message.startswith(str(path))

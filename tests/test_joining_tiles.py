@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
+from segmentation.joining_tiles import joined, tile_windows
 from segmentation.segments import Segment, as_labels, iou_matrix, segment_of, segments_of
-from segmentation.tiling import joined, tile_windows
 
 
 def predicted(labels: np.ndarray, side: int, overlap: float, ratings=lambda number: 0.9) -> list:
