@@ -84,8 +84,8 @@ class SamVisionAttentionSplit(SamVisionAttention):
         batch_size, rows, columns, _ = hidden_states.shape
         height, width = (self.window_size, self.window_size) if self.window_size else (rows, columns)
         # As in stock SAM, windows attend to what zeros are projected to.
-        hidden_states = F.pad(hidden_states, (0, 0, 0, -columns % width, 0, -rows % height))
-        _, padded_rows, padded_columns, _ = hidden_states.shape
+        padded_rows, padded_columns = (rows + height - 1) // height * height, (columns + width - 1) // width * width
+        hidden_states = F.pad(hidden_states, (0, 0, 0, padded_columns - columns, 0, padded_rows - rows))
         window_rows, window_columns = batch_size * padded_rows // height, padded_columns // width
 
         qkv = torch.stack([projection(hidden_states) for projection in (self.q, self.k, self.v)])
