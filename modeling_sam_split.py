@@ -83,8 +83,8 @@ class SamVisionAttentionSplit(SamVisionAttention):
         """Returns the attended `hidden_states` (B, rows, columns, C) and, from `eager` only, the weights (G, N, N)."""
         batch_size, rows, columns, _ = hidden_states.shape
         height, width = (self.window_size, self.window_size) if self.window_size else (rows, columns)
-        # As in stock SAM, windows attend to what zeros are projected to.
         padded_rows, padded_columns = (rows + height - 1) // height * height, (columns + width - 1) // width * width
+        # As in stock SAM, windows attend to what zeros are projected to.
         hidden_states = F.pad(hidden_states, (0, 0, 0, padded_columns - columns, 0, padded_rows - rows))
         window_rows, window_columns = batch_size * padded_rows // height, padded_columns // width
 
