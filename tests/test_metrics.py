@@ -113,13 +113,13 @@ def test_average_precision_is_that_of_torchmetrics():
     theirs = MeanAveragePrecision(iou_type="segm", backend="faster_coco_eval", max_detection_thresholds=[1, 10, 1000])
     truth, predicted = [], []
     for seed in range(3):
-        labels, predicted = random_pair(seed)
-        ratings = np.random.default_rng(seed).random(predicted.max())
+        labels, other_labels = random_pair(seed)
+        ratings = np.random.default_rng(seed).random(other_labels.max())
         truth.append(segments_of(labels))
         predicted.append(
             [
                 Segment(s.left, s.top, s.crop, float(r), 1.0)
-                for s, r in zip(segments_of(predicted), ratings, strict=True)
+                for s, r in zip(segments_of(other_labels), ratings, strict=True)
             ]
         )
         masks = [
