@@ -71,6 +71,7 @@ def browser(url: str, dark: bool = False, height: int = 900, scale: float = 1) -
         page.goto(url)
         page.locator("#picture img").wait_for()
         page.get_by_text("Click on an object", exact=True).wait_for()
+        page.wait_for_function("document.querySelector('#picture img').complete")
         yield page
         chromium.close()
     assert not [request for request in elsewhere if not request.startswith((url, "data:", "blob:"))]
