@@ -21,7 +21,8 @@ app: .venv/newest/installed
 # Quality gates, then all tests with the newest versions that have a build for CPUs.
 test: quality test-newest
 
-# The same, and the tests with the oldest supported versions and, less the slow ones, with the newest of all, as PyPI has them.
+# The same, and the tests with the oldest supported versions and, less the slow ones, with the newest of all, as PyPI
+# has them.
 test-all: quality
 	$(MAKE) --jobs=3 $(ROWS:%=.venv/%/installed)
 	$(MAKE) $(ROWS:%=test-%)

@@ -21,10 +21,9 @@ from tqdm import tqdm
 from checkpoint_tools.checkout import ROOT
 
 from .gpu import paths
-from .measure import SIZES
+from .measure import PEER, SIZES
 
 
-PEER = "stock-sdpa"
 # Gradient checkpointing is compared with stock's step without it: the time that the saved memory costs.
 COMPARISONS = {
     "encoder": [("stock-eager", "encoder"), (PEER, "encoder"), ("split", "encoder"), ("products", "encoder")],

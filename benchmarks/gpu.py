@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from .measure import adapt, build_model, encoder_step, lora_step, measure
+from .measure import PEER, adapt, build_model, encoder_step, lora_step, measure
 
 
-PATHS = ("stock-eager", "stock-sdpa", "tiled", "folded")
-PEER = "stock-sdpa"
+PATHS = ("stock-eager", PEER, "tiled", "folded")
 TITLES = {"encoder": "encoder", "lora": "LoRA step"}
 BATCHES = (1, 8)
 DTYPES = ("bfloat16", "float32")

@@ -24,6 +24,7 @@ from checkpoint_tools.checkout import split_class
 
 # folded, tiled: the split model on this path of attention
 IMPLEMENTATIONS = ("stock-eager", "stock-sdpa", "split", "folded", "tiled", "products")
+PEER = "stock-sdpa"  # what the others are compared with
 TASKS = ("encoder", "lora", "lora-checkpointing")
 SIZES = {
     "base": {},

@@ -213,9 +213,10 @@ def test_compile(path, small):
 
 
 @pytest.mark.slow
-def test_compile_with_free_shapes(small):
+@pytest.mark.parametrize("path", PATHS)
+def test_compile_with_free_shapes(path, small):
     """In training."""
-    model = layers(small("tiled", tile_bytes=None)).train()
+    model = layers(small(path, tile_bytes=None)).train()
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
     expected = outputs_and_gradients(model, model, hidden_states(1))
