@@ -85,16 +85,17 @@ def click(page: Page, x: float, y: float, wait: bool = True) -> None:
         wait_for_change(page, before)
 
 
-def drag(page: Page, start: tuple[float, float], stop: tuple[float, float]) -> None:
-    """Drags from one place of the coins to another."""
+def drag(page: Page, start: tuple[float, float], stop: tuple[float, float], wait: bool = True) -> None:
+    """Drags from one place of the coins to another, and waits for the answer."""
     before = page.locator("#picture img").get_attribute("src")
     page.mouse.move(*on_screen(page, *start))
     page.mouse.down()
     page.mouse.move(*on_screen(page, *stop), steps=3)
     assert page.locator("#drag-outline").is_visible()
     page.mouse.up()
-    wait_for_change(page, before)
-    page.get_by_text("Click on the opposite corner of the box.", exact=True).wait_for(state="hidden")
+    if wait:
+        wait_for_change(page, before)
+        page.get_by_text("Click on the opposite corner of the box.", exact=True).wait_for(state="hidden")
 
 
 def on_screen(page: Page, x: float, y: float) -> tuple[float, float]:

@@ -12,7 +12,6 @@ from segmentation.overlays import distinct_colours
 
 from . import session as actions
 from .downloads import write_files
-from .dragging import DRAG_TO_CLICKS
 from .drawing import draw, draw_masks
 from .handlers import (
     choices_of,
@@ -26,6 +25,7 @@ from .handlers import (
 )
 from .model import SharedModel
 from .open_image import open_file
+from .picture_clicks import COMPLETE_CLICKS
 from .screen_scaling import place_in_image
 from .session import ActionError, Session
 
@@ -54,7 +54,7 @@ LAUNCH_OPTIONS: dict[str, Any] = {
         font_mono=[gr.themes.LocalFont("IBM Plex Mono", (400, 700)), "monospace"],
     ).set(block_info_text_color="*neutral_600"),  # the default is too pale to read
     "css": CSS,
-    "js": DRAG_TO_CLICKS,
+    "js": COMPLETE_CLICKS,
     "max_file_size": MAX_FILE_SIZE,
     "state_session_capacity": MOST_USERS,
     "footer_links": ["api", "settings"],
@@ -173,21 +173,22 @@ class Page:
         opened = [*self.views, self.name]
         self.on(self.blocks.load, self.open_first, [], opened)
         self.on(self.name.input, self.open_named, [self.name], opened)
-        self.on(self.upload.upload, self.open_upload, [self.upload], opened)
         each: dict[str, Any] = {"trigger_mode": "multiple"}  # also while an earlier one waits for its answer
-        self.on(self.picture.select, self.click, [self.session, self.mode], show_progress="hidden", **each)
-        self.on(self.choice.input, self.take(actions.choose_mask), [self.session, self.choice])
-        self.on(self.next.click, self.take(actions.finish_object), [self.session])
-        self.on(self.undo.click, self.take(actions.undo), [self.session], **each)
-        self.on(self.clear.click, self.take(actions.clear), [self.session])
-        self.on(self.remove.click, self.remove_object, [self.session, self.selected])
+        self.on(self.upload.upload, self.open_upload, [self.upload], opened, **each)
+        quick = {**each, "show_progress": "hidden"}  # which would cover the picture, and take the next click on it
+        self.on(self.picture.select, self.click, [self.session, self.mode], **quick)
+        self.on(self.choice.input, self.take(actions.choose_mask), [self.session, self.choice], **quick)
+        self.on(self.next.click, self.take(actions.finish_object), [self.session], **quick)
+        self.on(self.undo.click, self.take(actions.undo), [self.session], **quick)
+        self.on(self.clear.click, self.take(actions.clear), [self.session], **quick)
+        self.on(self.remove.click, self.remove_object, [self.session, self.selected], **quick)
         self.on(self.find.click, self.find_all, [self.session, *self.sliders])
         for slider in self.sliders[:3]:
-            self.on(slider.release, self.find_again, [self.session, *self.sliders])
+            self.on(slider.release, self.find_again, [self.session, *self.sliders], trigger_mode="always_last")
         compare = [self.slider, self.difference]
         self.on(self.comparison.select, self.compare, [self.session], compare)
         self.on(self.save.click, self.write, [self.session], [self.files])
-        self.on(self.table.select, self.select, [self.session], [self.selected, self.remove])
+        self.on(self.table.select, self.select, [self.session], [self.selected, self.remove], **quick)
 
     def on(
         self,

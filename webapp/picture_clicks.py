@@ -1,8 +1,20 @@
-"""Boxes by dragging: `gr.Image` reports clicks alone, so a drag becomes a click on each of two opposite corners."""
+"""Makes `gr.Image` report all clicks: those on a picture whose successor is loading, and boxes that are dragged.
+
+A drag becomes a click on each of two opposite corners.
+"""
 
 # Runs in the browser. While a box is drawn, its outline follows the pointer, which may leave the picture.
-DRAG_TO_CLICKS = """
+COMPLETE_CLICKS = """
 () => {
+  // While the next picture is loading, Chrome shows the last one but says that it has no size, and gradio drops clicks.
+  document.addEventListener("load", ({ target: image }) => {
+    if (!image.closest?.("#picture img")) return;
+    for (const side of ["naturalWidth", "naturalHeight"]) {
+      delete image[side];  // that of the last picture
+      Object.defineProperty(image, side, { value: image[side], configurable: true });
+    }
+  }, { capture: true });
+
   const isBox = () => document.querySelector("#mode input:checked")?.value === "box";
 
   function shownArea(image) {  // of the element, which may be wider or higher than the picture in it
@@ -20,7 +32,7 @@ DRAG_TO_CLICKS = """
   document.addEventListener("dragstart", (event) => event.target.closest?.("#picture") && event.preventDefault());
   document.addEventListener("pointerdown", (down) => {
     const image = down.target.closest?.("#picture img");
-    if (!image || down.button || !isBox()) return;
+    if (!image?.naturalWidth || down.button || !isBox()) return;
     const area = shownArea(image), start = within(down, area), end = new AbortController();
     const outline = document.body.appendChild(document.createElement("div"));
     outline.id = "drag-outline";
