@@ -158,7 +158,17 @@ def normalization(
         image_mean: For images of 0 to 1.
         image_std: For the same.
         rescale: "min-max" for images that are stretched.
+
+    Raises:
+        ValueError: If a mean is not from 0 to 1, or a standard deviation not above 0 and up to 1.
     """
+    for name, values in (("mean", image_mean), ("std", image_std)):
+        if values and not all(0 <= value <= 1 and (value > 0 or name == "mean") for value in values):
+            limits = "numbers from 0 to 1" if name == "mean" else "numbers above 0 and up to 1"
+            raise ValueError(
+                f"--image-{name} {' '.join(f'{value:g}' for value in values)}: expected {limits}, as images have values "
+                "of 0 to 1: divide those of 0 to 255 by 255."
+            )
     if rescale == "min-max":
         message = (
             "The processor divides by 255. The model expects each image stretched, so that its darkest value is 0 and "

@@ -4,16 +4,33 @@ import dataclasses
 from typing import Any
 
 
+MOST = 1_000_000_000  # that any option may be; what it counts would not end, or not fit into memory
+# Where less than that is as absurd.
+MOST_IMAGE_SIDE = 16_384  # pixels; SAM's is 1024
+LEAST_TILE_SIDE = 16  # pixels of a patch of SAM
+MOST_GRID_POINTS = 1_000  # along a side; SAM's is 32
+
+
 class SettingsError(ValueError):
     """Settings that are out of range or contradict each other."""
 
 
-def require_at_least(least: float, settings: Any, *names: str) -> None:
-    """Raises an error that names the first of the settings that is less; None is allowed."""
+def require_at_least(least: float, settings: Any, *names: str, most: float = MOST) -> None:
+    """Raises an error that names the first of the settings that is less, or more than `most`; None is allowed."""
     for name in names:
         value = getattr(settings, name)
-        if value is not None and not value >= least:
-            raise SettingsError(f"{option(settings, name)} {value}: expected {least} or more.")
+        if value is not None and not least <= value <= most:
+            limit = f"{most:,} or less" if value > most else f"{least} or more"
+            raise SettingsError(f"{option(settings, name)} {value}: expected {limit}.")
+
+
+def require_above_0(settings: Any, *names: str) -> None:
+    """Raises an error that names the first of the settings that is 0, less, or as good as infinite; None is allowed."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not 0 < value <= MOST:
+            limit = f"{MOST:,} or less" if value > MOST else "more than 0"
+            raise SettingsError(f"{option(settings, name)} {value}: expected {limit}.")
 
 
 def require_share(settings: Any, name: str, above_0: bool = False) -> None:

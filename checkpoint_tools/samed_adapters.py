@@ -16,6 +16,7 @@ from transformers import SamModel
 from . import meta_layout
 from .fused_adapters import Factors
 from .meta_adapters import MetaAdapter, pairs, require_sam
+from .option_checks import MOST_IMAGE_SIDE
 
 
 DECODER_ATTENTION = {
@@ -91,9 +92,10 @@ def resize(weights: dict[str, torch.Tensor], image_size: int, stock: SamModel) -
         ValueError: If `image_size` is no multiple of the patches.
     """
     vision = stock.config.vision_config
-    if image_size % vision.patch_size:
+    if image_size % vision.patch_size or not 0 < image_size <= MOST_IMAGE_SIDE:
         raise ValueError(
-            f"--image-size {image_size}: expected a multiple of the {vision.patch_size} pixels of a patch."
+            f"--image-size {image_size}: expected a multiple of the {vision.patch_size} pixels of a patch, up to "
+            f"{MOST_IMAGE_SIDE:,}."
         )
     grid_size = image_size // vision.patch_size
     pos_embed = weights["image_encoder.pos_embed"].permute(0, 3, 1, 2)

@@ -1,6 +1,7 @@
 """Reads checkpoints in Meta's layout as training scripts save them: wrapped, prefixed, and beside other things."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -68,6 +69,9 @@ def read(file: Path) -> MetaCheckpoint:
         weights = {name: tensor.to(widest) for name, tensor in weights.items()}
     if [len(values) for values in normalization] != [3, 3]:
         return MetaCheckpoint(weights, notes)
+    for name, values, least in zip(NORMALIZATION, normalization, (0.0, 1e-6), strict=True):
+        if not all(least <= value < math.inf for value in values):
+            raise ValueError(f"{file}: {name} is {values}: expected numbers {'above' if least else 'from'} 0.")
     return MetaCheckpoint(weights, notes, normalization=(normalization[0], normalization[1]))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import SamProcessor
 
 from checkpoint_tools.checkout import SAM_TINY
-from checkpoint_tools.option_checks import SettingsError
+from checkpoint_tools.option_checks import SettingsError, require_at_least
 from checkpoint_tools.output_folders import require_replaceable, staged
 from image_data.data_settings import DataSettings
 from image_data.layouts import name_of, read_data, read_sources
@@ -43,6 +43,7 @@ HELD_OUT_ONLY = (
     "group_pattern",
     "group_column",
 )
+MOST_CLICKS = 1000
 BEFORE, AFTER = "before", "after"
 
 
@@ -85,8 +86,8 @@ class EvaluationRequest:
             raise SettingsError(
                 "--push: expected --adapter or --model with the Hub id of a repo that you may write to."
             )
-        if self.clicks < 1:
-            raise SettingsError(f"--clicks {self.clicks}: expected 1 or more.")
+        require_at_least(1, self, "clicks", most=MOST_CLICKS)
+        require_at_least(0, self, "seed", most=2**32 - 1)
         if not self.held_out:
             if self.seed is not None:
                 raise SettingsError("--seed: expected --held-out, too.")

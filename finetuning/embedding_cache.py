@@ -8,13 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import PreTrainedModel, SamProcessor
 
 from image_data.samples import Sample
-
-from .resuming import is_whole
 
 
 NAME = "image_embeddings"
@@ -50,18 +49,35 @@ class EmbeddingCache:
 
     @torch.no_grad()
     def fill(self, samples: Iterable[Sample], show_progress: bool) -> None:
-        """Encodes the samples whose embeddings are missing or damaged, one by one."""
+        """Encodes the samples whose embeddings are missing, damaged, or not what was written for them, one by one."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for sample in tqdm(list(samples), desc="Encoding", unit="image", disable=not show_progress):
             image, _ = sample.read()
             path = self.path(image)
-            if path.exists() and is_whole(path):
+            if is_as_written(path):
                 continue
             pixel_values = self.processor(images=[image], return_tensors="pt")["pixel_values"]
             embedding = self.model.get_image_embeddings(pixel_values.to(self.model.device))[0]
             partial = path.with_suffix(f".{uuid.uuid4().hex}")  # a killed run leaves no half file under the real name
-            save_file({NAME: embedding.contiguous().cpu()}, partial)
+            embedding = embedding.contiguous().cpu()
+            save_file({NAME: embedding}, partial, metadata=proof_of(path, embedding))
             partial.replace(path)
+
+
+def is_as_written(path: Path) -> bool:
+    """Whether a file holds what `fill` wrote under this name."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() == proof_of(path, file.get_tensor(NAME))
+    except (FileNotFoundError, SafetensorError):  # also if it holds other tensors
+        return False
+
+
+def proof_of(path: Path, embedding: torch.Tensor) -> dict[str, str]:
+    """Returns the metadata of a file: a hash of its name and of the embedding."""
+    digest = hashlib.sha256(f"{path.name} {embedding.dtype} {tuple(embedding.shape)}".encode())
+    digest.update(bytes_of(embedding))
+    return {"sha256": digest.hexdigest()}
 
 
 def digest_of(module: torch.nn.Module) -> str:
@@ -69,5 +85,10 @@ def digest_of(module: torch.nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in module.state_dict().items():
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        digest.update(bytes_of(tensor))
     return digest.hexdigest()
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """Returns the bytes of a tensor."""
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data

@@ -7,7 +7,16 @@ from typing import Any, ClassVar, Literal
 from transformers.hf_argparser import HfArg
 
 from checkpoint_tools.checkout import SAM_TINY
-from checkpoint_tools.option_checks import SettingsError, default_of, option, require_at_least, require_share
+from checkpoint_tools.option_checks import (
+    MOST_GRID_POINTS,
+    MOST_IMAGE_SIDE,
+    SettingsError,
+    default_of,
+    option,
+    require_above_0,
+    require_at_least,
+    require_share,
+)
 from image_data.data_settings import DataSettings
 
 from .click_rounds import Prompting
@@ -15,6 +24,9 @@ from .training_arguments import TrainingSettings
 
 
 AUTOMATIC = "automatic"
+MOST_PROMPTS = 100  # points of a prompt, or rounds
+MOST_OBJECTS = 1000  # of an image; where it has fewer, they repeat
+MOST_RANK = 10_000  # more than any layer of SAM has inputs
 OTHER_METRICS = ("dice", "share_over_iou_0.5", "share_over_iou_0.75", "iou_head_error")
 
 
@@ -51,10 +63,12 @@ class PromptSettings:
     )
 
     def __post_init__(self) -> None:
-        require_at_least(1, self, "points", "objects", "grid")
+        require_at_least(1, self, "objects", most=MOST_OBJECTS)
+        require_at_least(1, self, "grid", most=MOST_GRID_POINTS)
         if self.rounds is None:
             self.rounds = int(self.prompts == "mixed")
-        require_at_least(0, self, "negative_points", "rounds")
+        require_at_least(1, self, "points", most=MOST_PROMPTS)
+        require_at_least(0, self, "negative_points", "rounds", most=MOST_PROMPTS)
 
     def prompting(self, seed: int = 0) -> Prompting:
         """How a run with this seed asks for objects."""
@@ -102,10 +116,10 @@ class ModelSettings:
     )
 
     def __post_init__(self) -> None:
-        require_at_least(1, self, "rank", "image_size")
+        require_at_least(1, self, "rank", most=MOST_RANK)
+        require_at_least(1, self, "image_size", most=MOST_IMAGE_SIDE)
+        require_above_0(self, "alpha")
         require_share(self, "dropout")
-        if not self.alpha > 0:
-            raise SettingsError(f"--alpha {self.alpha}: expected more than 0.")
         of_adapters = ("target", "rank", "alpha", "dropout", "dora", "rslora", "last_layers", "load_in_4bit")
         changed = [option(self, name) for name in of_adapters if getattr(self, name) != default_of(self, name)]
         if self.method != "lora" and changed:

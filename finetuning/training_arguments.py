@@ -11,7 +11,18 @@ from transformers.hf_argparser import HfArg
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.deepspeed import is_deepspeed_available
 
-from checkpoint_tools.option_checks import SettingsError, default_of, option, require_at_least
+from checkpoint_tools.option_checks import (
+    SettingsError,
+    default_of,
+    option,
+    require_above_0,
+    require_at_least,
+    require_share,
+)
+
+
+MOST_IMAGES = 10_000  # of a batch
+MOST_PROCESSES = 1000  # that load the data
 
 
 def other_default(name: str, value: Any) -> Any:
@@ -93,15 +104,23 @@ class TrainingSettings(TrainingArguments):
 
     def __post_init__(self) -> None:
         self._refuse_fixed()
-        require_at_least(1, self, "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps")
-        require_at_least(1, self, "eval_steps", "save_steps", "logging_steps")
-        require_at_least(0, self, "patience", "dataloader_num_workers", "weight_decay", "minutes", "seed")
-        if self.seed >= 2**32:
-            raise SettingsError(f"--seed {self.seed}: expected less than 2^32.")
-        if self.learning_rate is not None and not self.learning_rate > 0:
-            raise SettingsError(f"--learning-rate {self.learning_rate}: expected more than 0.")
+        require_at_least(1, self, "max_steps", "gradient_accumulation_steps")
+        require_at_least(1, self, "per_device_train_batch_size", most=MOST_IMAGES)
+        require_at_least(1, self, "eval_steps", "save_steps", "logging_steps", "save_total_limit")
+        require_at_least(1, self, "eval_accumulation_steps", "ddp_bucket_cap_mb", "ddp_timeout")
+        require_at_least(0, self, "patience", "warmup_steps", "weight_decay", "minutes", "max_grad_norm")
+        require_at_least(0, self, "dataloader_num_workers", most=MOST_PROCESSES)
+        require_at_least(0, self, "seed", most=2**32 - 1)
+        require_above_0(self, "learning_rate", "adam_epsilon")
+        require_share(self, "adam_beta1")
+        require_share(self, "adam_beta2")
         if self.save_steps is None:
             self.save_steps = self.eval_steps
+        if self.save_steps % self.eval_steps:
+            raise SettingsError(
+                f"--save-steps {self.save_steps:g}: expected a multiple of --eval-every {self.eval_steps:g}, as the "
+                "best weights are those of a validation."
+            )
         if self.logging_steps is None:
             self.logging_steps = min(10, self.eval_steps, self.max_steps)
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from transformers.hf_argparser import HfArg
 
-from checkpoint_tools.option_checks import SettingsError, require_at_least, require_share
+from checkpoint_tools.option_checks import LEAST_TILE_SIDE, SettingsError, require_at_least, require_share
 
 from .labels import LabelReading
 from .patterns import Pattern
@@ -186,15 +186,16 @@ class DataSettings(SourceSettings):
                 raise SettingsError(f"--validation and --validation-{part} are both given: expected one of them.")
         if not 0 <= self.overlap <= 0.9:
             raise SettingsError(f"--overlap {self.overlap}: expected a share from 0 to 0.9.")
-        require_at_least(1, self, "tile")
+        require_at_least(LEAST_TILE_SIDE, self, "tile")
         require_at_least(0, self, "min_area")
 
     def _refuse_idle_labels(self) -> None:
         """Raises an error for a setting of masks that would change nothing."""
         given = self.label_reading.given
         has_masks = self.masks or self.validation_masks or self.test_masks
-        if (given or self.turn_masks) and self.coco and not has_masks:
-            raise DataError([f"--{[*given, 'turn-masks'][0]}: expected --masks; COCO annotations have no numbers."])
+        if (given or self.turn_masks) and not (has_masks or self.dataset):
+            why = "COCO annotations have no numbers." if self.coco else "those of the coins are known."
+            raise DataError([f"--{[*given, 'turn-masks'][0]}: expected --masks; {why}"])
         numbers = [name for name in given if name != "threshold"]
         if numbers and self.has_file_per_object:
             raise DataError(

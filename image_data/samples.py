@@ -140,8 +140,14 @@ def divided_image(whole: LabelledImage, validation: float) -> tuple[dict[str, Wi
     Args:
         whole: The image.
         validation: Share of it to keep for validation.
+
+    Raises:
+        ValueError: If one of them would have no pixels.
     """
     parts = halves(whole.image.shape[:2], validation)
+    if not all(edge.stop > edge.start for part in parts.values() for edge in part):
+        height, width = whole.image.shape[:2]
+        raise ValueError(f"--validation {validation:g}: of {width} x {height} pixels, one part would have none.")
     in_training, in_validation = (areas_of(whole.labels[..., *part])[0] for part in parts.values())
     return parts, np.intersect1d(in_training, in_validation)
 

@@ -50,7 +50,10 @@ def load_base(
         sizes = {} if image_size is None else processor_sizes(model.config)
         processor = read_processor(base, revision, **sizes)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"{base}: not a SAM v1 checkpoint with a processor: {str(error).splitlines()[0]}") from error
+        problem = str(error).splitlines()[0]
+        if image_size is not None and problem.startswith(f"image_size={image_size}"):
+            raise ModelError(f"--image-size {image_size}: {problem}") from error
+        raise ModelError(f"{base}: not a SAM v1 checkpoint with a processor: {problem}") from error
     side, expected = processor.image_processor.size["longest_edge"], model.config.vision_config.image_size
     if side != expected:
         raise ModelError(f"{base}: the processor resizes to {side} pixels, but the model expects {expected}.")

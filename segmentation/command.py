@@ -79,8 +79,8 @@ def segment_files(request: SegmentationRequest) -> None:
             f"--point and --box are for one image, got {len(images)}: give one, or the boxes of all with --coco."
         )
     boxes = boxes_by_image(request.coco, images) if request.coco else {}
-    model, processor = load(request.base, request.revision, request.adapter, request.changes.get("image_size"))
     settings = SegmentationSettings.load(request.adapter or request.base or SAM_TINY).but(**request.changes)
+    model, processor = load(request.base, request.revision, request.adapter, request.changes.get("image_size"))
     if request.objects:
         check_prompts(request.objects, read_image(next(iter(images.values())), settings.reading).shape[:2])
     predictor = Predictor(model, processor)

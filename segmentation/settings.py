@@ -10,6 +10,7 @@ from typing import Any, Self
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from checkpoint_tools.option_checks import LEAST_TILE_SIDE, MOST, MOST_GRID_POINTS, MOST_IMAGE_SIDE
 from image_data.pillow_images import DataError, ImageReading
 
 
@@ -55,10 +56,16 @@ class SegmentationSettings:
     max_overlap: float = 0.5
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "tile", "grid"):
+        for name, least, most in (
+            ("image_size", 1, MOST_IMAGE_SIDE),
+            ("tile", LEAST_TILE_SIDE, MOST),
+            ("grid", 1, MOST_GRID_POINTS),
+        ):
             value = getattr(self, name)
-            if not (isinstance(value, int) and value > 0) and not (value is None and name != "grid"):
-                raise SegmentationSettingsError(f"{option_of(name)} {value!r}: expected a whole number above 0.")
+            if not (isinstance(value, int) and least <= value <= most) and not (value is None and name != "grid"):
+                raise SegmentationSettingsError(
+                    f"{option_of(name)} {value!r}: expected a whole number from {least} to {most:,}."
+                )
         for name in ("overlap", "min_iou", "min_stability", "max_overlap"):
             value = getattr(self, name)
             if not (isinstance(value, int | float) and 0 <= value <= 1):

@@ -6,9 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from labelled_images import Array, blocks, save_pair
+from safetensors import safe_open
+from safetensors.torch import load_file, save
 
 import finetune
-from finetuning.embedding_cache import EmbeddingCache
+from finetuning.embedding_cache import NAME, EmbeddingCache
 from finetuning.settings import SAM_TINY
 from image_data.samples import Sample
 from segmentation.adapted_model import load_base
@@ -57,7 +59,7 @@ def test_name_depends_on_image_weights_and_preprocessing(tmp_path):
     assert len(paths) == 5
 
 
-def test_only_what_is_missing_or_damaged_is_encoded(tmp_path):
+def test_only_what_is_missing_or_not_as_written_is_encoded(tmp_path):
     model, processor = load_base(str(SAM_TINY), image_size=64)
     calls: list[int] = []
     model.vision_encoder.register_forward_hook(lambda *_: calls.append(1))
@@ -66,11 +68,18 @@ def test_only_what_is_missing_or_damaged_is_encoded(tmp_path):
     cache.fill(samples[:1], show_progress=False)
     cache.fill(samples, show_progress=False)
     assert len(calls) == 2
-    damaged = cache.path(samples[0].read()[0])
-    for content in (damaged.read_bytes()[:-1], b""):
-        damaged.write_bytes(content)
+    path, other = (cache.path(sample.read()[0]) for sample in samples)
+    whole, embedding = path.read_bytes(), load_file(path)[NAME]
+    flipped = bytearray(whole)
+    flipped[-1] ^= 1
+    contents = [whole[:-1], b"", bytes(flipped), other.read_bytes()]
+    for tensors in ({"masks": embedding}, {NAME: embedding[:1]}, {NAME: embedding.half()}, {NAME: embedding * 2}):
+        contents.append(save(tensors, safe_open(path, framework="pt").metadata()))
+    for content in contents:
+        path.write_bytes(content)
         cache.fill(samples, show_progress=False)
-    assert len(calls) == 4
+        assert path.read_bytes() == whole
+    assert len(calls) == 2 + len(contents)
     for sample in samples:
         image, _ = sample.read()
         pixel_values = processor(images=[image], return_tensors="pt")["pixel_values"]

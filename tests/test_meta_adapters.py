@@ -228,9 +228,10 @@ def test_samed_of_more_classes_and_another_image_size(base, base_config, base_we
     message = refused("from-samed epoch.pth adapter --base base")
     assert re.search(r"mask_decoder\.\S+ is \(6,.*\) in the file, and \(4,.*\) in base. Give --base-output", message)
     assert "--base-output" in refused(f"from-samed epoch.pth adapter --base base --image-size {side}")
-    assert "--image-size 50: expected a multiple of the 8" in refused(
-        "from-samed epoch.pth adapter --base base --base-output new --image-size 50"
-    )
+    for wrong in (50, 0, -48, 8 * 10**9):
+        assert f"--image-size {wrong}: expected a multiple of the 8 pixels of a patch, up to 16,384." in refused(
+            f"from-samed epoch.pth adapter --base base --base-output new --image-size {wrong}"
+        )
     convert(f"from-samed epoch.pth adapter --base base --base-output new --image-size {side}")
     adapted = assert_same(tmp_path / "new", tmp_path / "adapter", meta, config, plain)
     assert adapted.peft_config["default"].base_model_name_or_path == "new"

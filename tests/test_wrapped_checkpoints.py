@@ -216,6 +216,25 @@ def test_normalization(case, weights, convert):
 
 
 @pytest.mark.parametrize(
+    ("option", "expected"),
+    [("mean 123 116 103", "expected numbers from 0 to 1, as images have values of 0 to 1: divide those of 0 to 255"),
+     ("mean nan 0 0", "expected numbers from 0 to 1"), ("mean -0.1 0 0", "expected numbers from 0 to 1"),
+     ("std 0 1 1", "expected numbers above 0 and up to 1"), ("std 1 inf 1", "expected numbers above 0 and up to 1"),
+     ("std 58.4 57.1 57.4", "expected numbers above 0 and up to 1")],
+)  # fmt: skip
+def test_normalization_that_no_images_of_0_to_1_have(option, expected, weights, refused):
+    torch.save(weights, "sam.pth")
+    assert f"--image-{option}: {expected}" in refused(f"from-meta sam.pth out {HEADS} --image-{option}")
+
+
+@pytest.mark.parametrize("value", [0.0, torch.nan, torch.inf])
+def test_normalization_in_a_file_that_would_give_no_numbers(value, weights, refused):
+    torch.save({**weights, **META_PIXELS, "pixel_std": torch.tensor([58.4, value, 57.4]).view(3, 1, 1)}, "sam.pth")
+    assert "pixel_std is [58." in (message := refused(f"from-meta sam.pth out {HEADS}"))
+    assert "expected numbers above 0." in message
+
+
+@pytest.mark.parametrize(
     ("part", "name", "value"),
     [("vision_config", "hidden_act", "relu"), ("mask_decoder_config", "hidden_act", "gelu"),
      ("vision_config", "layer_norm_eps", 1e-5), ("prompt_encoder_config", "hidden_act", "relu")],
