@@ -19,11 +19,11 @@ with needs("finetune"):
     from checkpoint_tools.errors import one_line_errors
     from checkpoint_tools.quiet import quiet
     from evaluation.command import EvaluationRequest, evaluate
-    from evaluation.scoring import MODES
+    from evaluation.scoring import AUTOMATIC, CLICKS, MODES
     from finetuning.command_line import HelpFormatter
     from image_data.data_settings import DataSettings
     from image_data.pillow_images import ImageReading
-    from segmentation.settings import add_arguments, changes_of
+    from segmentation.settings import OF_AUTOMATIC_MASKS, add_arguments, changes_of
 
 
 FOR_TRAINING = {"augment", "min_area", "test_images", "test_masks", "test_coco", "test_split"}
@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
                 args.base,
                 args.revision,
                 args.modes,
-                args.clicks,
+                EvaluationRequest.clicks if args.clicks is None else args.clicks,
                 args.output,
                 args.force,
                 args.push,
@@ -80,7 +80,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--modes", nargs="+", choices=MODES, default=list(MODES), help="ways to prompt; automatic is without prompts"
     )
-    group.add_argument("--clicks", type=int, default=8, help="clicks on each object, in all")
+    group.add_argument("--clicks", type=int, help="clicks on each object, in all (8)")
 
     add_arguments(parser)
 
@@ -95,6 +95,10 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--adapter and --model are both given: expected one of them.")
     if args.revision and not (args.base or args.adapter):
         parser.error("--revision: expected --base or --adapter, too.")
+    for mode, names in ((CLICKS, ("clicks",)), (AUTOMATIC, OF_AUTOMATIC_MASKS)):
+        for name in names:
+            if getattr(args, name) is not None and mode not in args.modes:
+                parser.error(f"--{name.replace('_', '-')}: expected --modes {mode}, too.")
     return args
 
 

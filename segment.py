@@ -18,7 +18,7 @@ with needs("finetune"):
     from checkpoint_tools.quiet import quiet
     from segmentation.command import SegmentationRequest, segment_files
     from segmentation.segmenter import PromptedObject
-    from segmentation.settings import add_arguments, add_reading_arguments, changes_of
+    from segmentation.settings import OF_AUTOMATIC_MASKS, add_arguments, add_reading_arguments, changes_of
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -89,14 +89,17 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     ways = [args.everything, bool(args.prompts), bool(args.coco), bool(args.masks)]
     if sum(ways) != 1:
         parser.error("expected one of --point and --box, --coco, --masks or --everything.")
-    for name in ("grid", "min_iou", "min_stability", "max_overlap"):
+    for name in OF_AUTOMATIC_MASKS:
         if getattr(args, name) is not None and not args.everything:
             parser.error(f"--{name.replace('_', '-')}: expected --everything, too.")
+    if args.multimask and args.everything:
+        parser.error("--multimask: expected no --everything, which takes three masks for each point.")
     if args.revision and not (args.base or args.adapter):
         parser.error("--revision: expected --base or --adapter, too.")
     if args.pipeline == "stock":
-        if not args.everything or args.tile or args.max_overlap:
-            parser.error("--pipeline stock: expected --everything, without --tile and --max-overlap.")
+        given = [name for name in ("tile", "overlap", "max_overlap") if getattr(args, name) is not None]
+        if not args.everything or given:
+            parser.error("--pipeline stock: expected --everything, without --tile, --overlap and --max-overlap.")
         if not is_torchvision_available():
             parser.error("--pipeline stock: expected torchvision, which finds duplicates: pip install torchvision.")
 

@@ -124,7 +124,7 @@ def parse_args() -> argparse.Namespace:
         for name in names or []:
             if not is_hub_id(name):
                 parser.error(f"{option} {name}: expected USER/NAME.")
-    if not re.fullmatch(r"\d+(\.\d+)?[KMGT]I?B", args.max_shard_size, re.IGNORECASE):
+    if not re.fullmatch(r"(?=.*[1-9])\d+(\.\d+)?[KMGT]I?B", args.max_shard_size, re.IGNORECASE):
         parser.error(f"--max-shard-size {args.max_shard_size}: expected a number and its unit, such as 500MB or 5GB.")
     if args.license == UNKNOWN:
         parser.error("--license unknown: expected the licence that the authors of the weights have given them.")

@@ -36,11 +36,19 @@ TITLES = {
     "lora-checkpointing": "LoRA step, gradient checkpointing",
 }
 GROWTH_SIDES = (512, 768, 1024, 1536, 2048)
-PARTS = ("table", "growth", "sizes")  # on a CPU; with --device cuda, benchmarks/gpu.py measures all paths instead
+PARTS = ("table", "growth", "sizes")
+# On a CPU; with --device cuda, benchmarks/gpu.py measures all paths with sizes of batches and dtypes of its own.
+CPU_DEFAULTS: dict[str, Any] = {
+    "parts": PARTS,
+    "batch": 1,
+    "rounds": 3,
+    "tasks": tuple(COMPARISONS),
+    "dtype": "float32",
+}
 
 
-def main() -> None:
-    args = parse_args()
+def main(arguments: list[str] | None = None) -> None:
+    args = parse_args(arguments)
     args.output.mkdir(parents=True, exist_ok=True)
     if args.device == "cuda":
         title = ", ".join(f"{key} {value}" for key, value in machine(args.device).items())
@@ -49,6 +57,7 @@ def main() -> None:
         print(report)
         (args.output / "gpu.md").write_text(report + "\n")
         return
+    vars(args).update({name: getattr(args, name) or default for name, default in CPU_DEFAULTS.items()})
     args.model = args.model or "base"
     file = args.output / "results.json"
     results: dict = json.loads(file.read_text()) if file.exists() else {}
@@ -64,22 +73,30 @@ def main() -> None:
     (args.output / "results.md").write_text(report + "\n")
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure; other parts keep their last results"
-    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--model", choices=SIZES, help="(base; with --device cuda, all of them)")
     parser.add_argument("--side", type=int, default=1024, help="image side in pixels (%(default)s)")
-    parser.add_argument("--batch", type=int, default=1, help="images per step (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds to report the medians of (%(default)s)")
-    parser.add_argument("--tasks", nargs="+", choices=COMPARISONS, default=list(COMPARISONS))
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="on a CPU; cuda runs both")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks", help="folder for the results")
-    return parser.parse_args()
+    group = parser.add_argument_group(
+        "on a CPU", "With --device cuda, all paths of attention are measured instead, with both dtypes and two batches."
+    )
+    group.add_argument("--parts", nargs="+", choices=PARTS, help="what to measure; other parts keep their results")
+    group.add_argument("--batch", type=int, help="images per step (1)")
+    group.add_argument("--rounds", type=int, help="rounds to report the medians of (3)")
+    group.add_argument("--tasks", nargs="+", choices=COMPARISONS, help="(all)")
+    group.add_argument("--dtype", choices=("float32", "bfloat16"), help="(float32)")
+    args = parser.parse_args(arguments)
+    for name in CPU_DEFAULTS:
+        if getattr(args, name) is not None and args.device == "cuda":
+            parser.error(f"--{name}: expected --device cpu; cuda measures all paths, as benchmarks/gpu.py says.")
+    for name in ("side", "batch", "rounds"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            parser.error(f"--{name} {value}: expected 1 or more.")
+    return args
 
 
 def machine(device: str) -> dict[str, str]:

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from transformers.hf_argparser import HfArg
 
-from checkpoint_tools.option_checks import LEAST_TILE_SIDE, SettingsError, require_at_least, require_share
+from checkpoint_tools.option_checks import LEAST_TILE_SIDE, SettingsError, default_of, require_at_least, require_share
 
 from .labels import LabelReading
 from .patterns import Pattern
@@ -110,6 +110,10 @@ class SourceSettings:
         for name in ("dataset_config", "dataset_revision", *columns, *splits):
             if getattr(self, name):
                 raise DataError([f"--{name.replace('_', '-')}: expected --dataset, too."])
+        if self.image_column != default_of(self, "image_column"):
+            raise DataError(["--image-column: expected --dataset, too."])
+        if self.group_pattern and not self.images:
+            raise DataError(["--group-pattern: expected --images, too."])
 
     def _check_part(self, part: str) -> None:
         """Raises an error if the files of a part are incomplete."""

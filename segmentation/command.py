@@ -71,6 +71,7 @@ def segment_files(request: SegmentationRequest) -> None:
             is written. If some images could not be segmented; then the results of the others are written.
         FileExistsError: If the output folder is in use.
     """
+    SegmentationSettings().but(**request.changes)  # raises an error if a change is out of range
     sources = [*request.paths, request.coco, request.masks, request.base, request.adapter]
     require_replaceable(request.output, OUTPUT, request.force, sources)
     images = find_images(request.paths)
@@ -79,8 +80,8 @@ def segment_files(request: SegmentationRequest) -> None:
             f"--point and --box are for one image, got {len(images)}: give one, or the boxes of all with --coco."
         )
     boxes = boxes_by_image(request.coco, images) if request.coco else {}
-    settings = SegmentationSettings.load(request.adapter or request.base or SAM_TINY).but(**request.changes)
     model, processor = load(request.base, request.revision, request.adapter, request.changes.get("image_size"))
+    settings = SegmentationSettings.load(request.adapter or request.base or SAM_TINY).but(**request.changes)
     if request.objects:
         check_prompts(request.objects, read_image(next(iter(images.values())), settings.reading).shape[:2])
     predictor = Predictor(model, processor)

@@ -15,6 +15,7 @@ from image_data.pillow_images import DataError, ImageReading
 
 
 FILE_NAME = "segmentation.json"
+OF_AUTOMATIC_MASKS = ("grid", "min_iou", "min_stability", "max_overlap")
 MULTIMASK = ("single-point", "always", "never")
 
 

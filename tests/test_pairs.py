@@ -180,7 +180,7 @@ def test_pixels_without_a_label_do_not_count(processor):
     ],
 )
 def test_options_say_how_to_read(arguments, image, label, tmp_path):
-    data = parse([*arguments, "--output", str(tmp_path)]).data
+    data = parse([*arguments, "--images", "i", "--masks", "m", "--output", str(tmp_path)]).data
     assert data.image_reading == (image or ImageReading())
     assert data.label_reading == (label or LabelReading())
 

@@ -221,7 +221,7 @@ class TestAdapters:
         assert (changed != brought).any()
         (adapter / "segmentation.json").unlink()
         given = ["--image-size", "64", "--tile", "100", "--grid", "6", "--min-iou", "0.3", "--min-stability", "0.4"]
-        given += ["--max-overlap", "0.7", "--multimask", "always"]
+        given += ["--max-overlap", "0.7"]
         np.testing.assert_array_equal(
             picture(run(scene, *options, *given, "--output", tmp_path / "c") / "one-labels.png"), brought
         )

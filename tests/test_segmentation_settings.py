@@ -54,7 +54,7 @@ def test_what_is_given_goes_before_what_is_saved():
         (json.dumps({"min_iou": 7}), r"segmentation\.json: --min-iou 7: expected a number from 0 to 1"),
         (json.dumps({"min_iou": "high"}), "--min-iou 'high': expected a number"),
         (json.dumps({"grid": None}), "grid None: expected a whole number"),
-        (json.dumps({"tile": 0}), "tile 0: expected a whole number above 0"),
+        (json.dumps({"tile": 0}), "tile 0: expected a whole number from 16 to 1,000,000,000"),
         (json.dumps({"overlap": 0.95}), r"overlap 0\.95: expected at most 0\.9"),
         (json.dumps({"multimask": "sometimes"}), "expected one of single-point, always, never"),
     ],
