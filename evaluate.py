@@ -18,7 +18,7 @@ with needs("finetune"):
 
     from checkpoint_tools.errors import one_line_errors
     from checkpoint_tools.quiet import quiet
-    from evaluation.command import EvaluationRequest, evaluate
+    from evaluation.evaluate_models import EvaluationRequest, evaluate
     from evaluation.scoring import AUTOMATIC, CLICKS, MODES
     from finetuning.command_line import HelpFormatter
     from image_data.data_settings import DataSettings

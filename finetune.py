@@ -20,7 +20,7 @@ with needs("finetune"):
     from checkpoint_tools.quiet import quiet
     from finetuning.command_line import parse
     from finetuning.recipe import finetune
-    from finetuning.settings import Settings
+    from finetuning.recipe_settings import Settings
     from image_data.pillow_images import DataError
     from segmentation.adapted_model import ModelError
 

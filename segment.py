@@ -16,7 +16,7 @@ with needs("finetune"):
 
     from checkpoint_tools.errors import one_line_errors
     from checkpoint_tools.quiet import quiet
-    from segmentation.command import SegmentationRequest, segment_files
+    from segmentation.segment_files import SegmentationRequest, segment_files
     from segmentation.segmenter import PromptedObject
     from segmentation.settings import OF_AUTOMATIC_MASKS, add_arguments, add_reading_arguments, changes_of
 

@@ -82,7 +82,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--side", type=int, default=1024, help="image side in pixels (%(default)s)")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks", help="folder for the results")
     group = parser.add_argument_group(
-        "on a CPU", "With --device cuda, all paths of attention are measured instead, with both dtypes and two batches."
+        "on a CPU",
+        "With --device cuda, all paths of attention are measured instead, with both dtypes and batches.",
     )
     group.add_argument("--parts", nargs="+", choices=PARTS, help="what to measure; other parts keep their results")
     group.add_argument("--batch", type=int, help="images per step (1)")

@@ -166,8 +166,8 @@ def normalization(
         if values and not all(0 <= value <= 1 and (value > 0 or name == "mean") for value in values):
             limits = "numbers from 0 to 1" if name == "mean" else "numbers above 0 and up to 1"
             raise ValueError(
-                f"--image-{name} {' '.join(f'{value:g}' for value in values)}: expected {limits}, as images have values "
-                "of 0 to 1: divide those of 0 to 255 by 255."
+                f"--image-{name} {' '.join(f'{value:g}' for value in values)}: expected {limits}, as images have "
+                "values of 0 to 1: divide those of 0 to 255 by 255."
             )
     if rescale == "min-max":
         message = (

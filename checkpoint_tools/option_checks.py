@@ -25,7 +25,7 @@ def require_at_least(least: float, settings: Any, *names: str, most: float = MOS
 
 
 def require_above_0(settings: Any, *names: str) -> None:
-    """Raises an error that names the first of the settings that is 0, less, or as good as infinite; None is allowed."""
+    """Raises an error that names the first of the settings that is not above 0, or is too large; None is allowed."""
     for name in names:
         value = getattr(settings, name)
         if value is not None and not 0 < value <= MOST:

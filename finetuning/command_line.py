@@ -17,7 +17,7 @@ from checkpoint_tools.messages import one_line
 from checkpoint_tools.option_checks import SettingsError
 from image_data.data_settings import DataSettings, SourceSettings
 
-from .settings import ModelSettings, OutputSettings, PromptSettings, Settings, TrainingSettings
+from .recipe_settings import ModelSettings, OutputSettings, PromptSettings, Settings, TrainingSettings
 
 
 GROUPS = (DataSettings, PromptSettings, ModelSettings, OutputSettings, TrainingSettings)

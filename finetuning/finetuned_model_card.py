@@ -8,7 +8,7 @@ from checkpoint_tools.base_provenance import Base
 from checkpoint_tools.config_files import read_json
 from checkpoint_tools.licences import UNKNOWN
 
-from .settings import ModelSettings
+from .recipe_settings import ModelSettings
 
 
 Kind = Literal["adapter", "split model", "stock model"]

@@ -23,10 +23,10 @@ from segmentation.adapted_model import load_base
 
 from .data_summary import PICTURE, DataSummary
 from .prompts import ValidationSet
+from .recipe_settings import Settings
 from .result_files import destination_of, write_results
 from .resuming import first_diverged, has_stopped
 from .run_folder import opened_run, write_check
-from .settings import Settings
 from .trainable_weights import four_bits, make_trainable
 from .trainer import PromptTrainer, build_trainer, metrics_of
 

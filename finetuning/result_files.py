@@ -24,8 +24,8 @@ from segmentation.adapted_model import load_base
 from segmentation.predictor import Predictor
 
 from .finetuned_model_card import Kind, card, is_stock, worse_than_base
+from .recipe_settings import Settings, TrainingSettings
 from .result_pictures import items_to_show, masks_to_show, predict, write_pictures
-from .settings import Settings, TrainingSettings
 from .trainable_weights import trained
 from .trainer import PromptTrainer, segmentation_settings
 

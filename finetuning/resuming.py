@@ -14,7 +14,7 @@ from transformers import EarlyStoppingCallback, TrainerState
 from checkpoint_tools.option_checks import SettingsError
 from image_data.samples import TrainValidationParts
 
-from .settings import Settings
+from .recipe_settings import Settings
 
 
 FINGERPRINT = "settings.json"  # what must be the same on resume

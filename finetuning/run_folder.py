@@ -10,8 +10,8 @@ from image_data.samples import TrainValidationParts
 
 from .command_line import write_file
 from .data_summary import FILE, PICTURE, DataSummary
+from .recipe_settings import Settings
 from .resuming import FINGERPRINT, checkpoint_to_resume, fingerprint
-from .settings import Settings
 
 
 KIND = "fine-tuning run"

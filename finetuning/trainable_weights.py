@@ -12,7 +12,7 @@ from checkpoint_tools.checkout import split_class
 from checkpoint_tools.fused_adapters import with_adapter
 from segmentation.adapted_model import ModelError
 
-from .settings import ModelSettings
+from .recipe_settings import ModelSettings
 
 
 ONLY_IN_LAYERS = {"q", "k", "v"}  # proj, lin1 and lin2 also exist in the decoder

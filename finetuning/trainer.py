@@ -27,8 +27,8 @@ from .click_rounds import LastImage, Prediction, Prompting
 from .embedding_cache import EmbeddingCache
 from .loss_and_metrics import MaskMetrics, StepLoss, object_scores
 from .prompts import ItemEncoder, Prompts, TrainingSet, ValidationSet
+from .recipe_settings import AUTOMATIC, Settings
 from .result_pictures import TRACKERS, MaskPictures
-from .settings import AUTOMATIC, Settings
 
 
 class PromptTrainer(Trainer):

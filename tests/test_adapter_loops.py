@@ -7,10 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from conftest import assert_same_outputs
-from peft import LoraConfig, PeftModel
-from peft.helpers import rescale_adapter_scale
-from torch import nn
-from training_loops import (  # noqa: F401
+from gradient_comparison import (  # noqa: F401
     EXACT,
     LORA,
     Tensors,
@@ -27,6 +24,9 @@ from training_loops import (  # noqa: F401
     split,
     stock_twin,
 )
+from peft import LoraConfig, PeftModel
+from peft.helpers import rescale_adapter_scale
+from torch import nn
 from transformers import SamModel
 
 

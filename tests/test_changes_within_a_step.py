@@ -3,8 +3,7 @@
 import pytest
 import torch
 from conftest import assert_same_outputs
-from torch import nn
-from training_loops import (  # noqa: F401
+from gradient_comparison import (  # noqa: F401
     EXACT,
     Loop,
     Tensors,
@@ -22,6 +21,7 @@ from training_loops import (  # noqa: F401
     split,
     stock_twin,
 )
+from torch import nn
 
 
 def replace_weights(model: nn.Module) -> None:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save
 
 import finetune
 from finetuning.embedding_cache import NAME, EmbeddingCache
-from finetuning.settings import SAM_TINY
+from finetuning.recipe_settings import SAM_TINY
 from image_data.samples import Sample
 from segmentation.adapted_model import load_base
 

@@ -23,8 +23,8 @@ from checkpoint_tools.checkout import SAM_TINY, split_class
 from checkpoint_tools.licences import Licence
 from checkpoint_tools.push_to_hub import PushError
 from finetuning.finetuned_model_card import card
+from finetuning.recipe_settings import ModelSettings
 from finetuning.result_files import complete_adapter, push
-from finetuning.settings import ModelSettings
 from finetuning.trainable_weights import make_trainable
 from segmentation.adapted_model import load_base
 

@@ -5,9 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from conftest import assert_same_outputs
-from torch import nn
-from torch.func import functional_call
-from training_loops import (  # noqa: F401
+from gradient_comparison import (  # noqa: F401
     EXACT,
     Tensors,
     gradients,
@@ -20,6 +18,8 @@ from training_loops import (  # noqa: F401
     stock_eager,
     stock_twin,
 )
+from torch import nn
+from torch.func import functional_call
 
 
 def scalar(model: nn.Module, image: torch.Tensor) -> torch.Tensor:

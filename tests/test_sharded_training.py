@@ -9,8 +9,8 @@ from collections.abc import Callable
 import pytest
 import torch
 from conftest import assert_same_outputs
+from gradient_comparison import EXACT, Tensors, adapted, adapter_gradients, inputs, joined, loss, models, plain  # noqa: F401
 from torch import nn
-from training_loops import EXACT, Tensors, adapted, adapter_gradients, inputs, joined, loss, models, plain  # noqa: F401
 from transformers import AutoModel
 
 

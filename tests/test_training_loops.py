@@ -12,11 +12,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from conftest import assert_same_outputs
-from torch import nn
-from torch.func import functional_call
-from torch.nn.utils import parametrizations, parametrize
-from torch.utils.checkpoint import checkpoint
-from training_loops import (  # noqa: F401
+from gradient_comparison import (  # noqa: F401
     EXACT,
     Loop,
     Tensors,
@@ -33,6 +29,10 @@ from training_loops import (  # noqa: F401
     stock_eager,
     stock_twin,
 )
+from torch import nn
+from torch.func import functional_call
+from torch.nn.utils import parametrizations, parametrize
+from torch.utils.checkpoint import checkpoint
 
 
 def around(context: Callable[[nn.Module], contextlib.AbstractContextManager]) -> Loop:

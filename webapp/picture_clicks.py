@@ -6,7 +6,7 @@ A drag becomes a click on each of two opposite corners.
 # Runs in the browser. While a box is drawn, its outline follows the pointer, which may leave the picture.
 COMPLETE_CLICKS = """
 () => {
-  // While the next picture is loading, Chrome shows the last one but says that it has no size, and gradio drops clicks.
+  // While the next picture loads, Chrome shows the last one but says that it has no size, and gradio drops clicks.
   document.addEventListener("load", ({ target: image }) => {
     if (!image.closest?.("#picture img")) return;
     for (const side of ["naturalWidth", "naturalHeight"]) {
