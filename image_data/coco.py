@@ -299,12 +299,10 @@ class ImageFinder:
         Raises:
             ValueError: If there is none, or more than one.
         """
-        slashed = name.replace("\\", "/")
-        for spelling in (name, slashed, unquote(slashed)):
-            if is_inside(spelling) and is_file(self.folder / spelling):
+        for spelling in spellings(name):
+            if is_file(self.folder / spelling):
                 return self.folder / spelling
-        base = PurePosixPath(unquote(slashed)).name
-        candidates = self.by_name.get(comparable(base), [])
+        candidates = self.by_name.get(base_name(name), [])
         if not candidates:
             raise ValueError(f"{name}: listed, but the file does not exist in {self.folder}.")
         if len(candidates) > 1:
@@ -319,6 +317,17 @@ class ImageFinder:
         for path in files_in(self.folder):
             files[comparable(path.name)].append(path)
         return dict(files)
+
+
+def spellings(name: str) -> list[str]:
+    """Returns the paths in a folder that a listed name may stand for."""
+    slashed = name.replace("\\", "/")
+    return [spelling for spelling in (name, slashed, unquote(slashed)) if is_inside(spelling)]
+
+
+def base_name(name: str) -> str:
+    """Returns the file's own name, `comparable`, of a listed path or URL."""
+    return comparable(PurePosixPath(unquote(name.replace("\\", "/"))).name)
 
 
 def comparable(name: str) -> str:

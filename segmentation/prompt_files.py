@@ -1,41 +1,64 @@
 """Reads prompts from files: boxes and categories of COCO annotations, such as a detector writes, and rough masks."""
 
-import json
+from collections import Counter
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import numpy as np
 
+from image_data.coco import base_name, by_id, category_names, identity, read_json, spellings
 from image_data.images import read_mask
+from image_data.pillow_images import DataError
 
 from .segmenter import PromptedObject
 from .segments import segments_of
 
 
-class PromptFileError(ValueError):
-    """A file that holds no prompts."""
+def coco_boxes(file: Path, images: Collection[str]) -> dict[str, list[PromptedObject]]:
+    """Returns the boxes in a COCO file, but for those of crowds, and their categories, by the names of `images`.
 
-
-def coco_boxes(path: Path) -> dict[str, list[PromptedObject]]:
-    """Returns the boxes, and their categories, of a COCO file, by the images' file names.
+    As where such files are read to train on, an image that is not listed by its path is the only one of its name.
 
     Raises:
-        PromptFileError: If the file is not COCO.
+        ValueError: If the file is not COCO with boxes, or does not list one of the images.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        names = {image["id"]: str(image["file_name"]) for image in content["images"]}
-        categories = {category["id"]: str(category["name"]) for category in content.get("categories", ())}
-        objects: dict[str, list[PromptedObject]] = {name: [] for name in names.values()}
-        for annotation in content["annotations"]:
+    content = read_json(file)
+    problems: list[str] = []
+    listed = by_id(content["images"], problems)
+    categories = category_names(content.get("categories"), (), file)
+    objects: dict[str, list[PromptedObject]] = {key: [] for key in listed}
+    for number, annotation in enumerate(content["annotations"], start=1):
+        try:
             left, top, width, height = map(float, annotation["bbox"])
+            key, category = (identity(annotation.get(name)) for name in ("image_id", "category_id"))
+        except (AttributeError, KeyError, TypeError, ValueError):
+            problems.append(f"annotation {number} of the list: expected a bbox of left, top, width and height.")
+            continue
+        if key not in objects:
+            problems.append(f"annotation {number} of the list refers to image {key}, which is not listed.")
+        elif not annotation.get("iscrowd"):
             box = (left, top, left + width, top + height)
-            category = categories.get(annotation.get("category_id"))
-            objects[names[annotation["image_id"]]].append(PromptedObject(box=box, category=category))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise PromptFileError(
-            f"{path}: expected COCO annotations with images and boxes: {type(error).__name__} {error}."
-        ) from error
-    return objects
+            objects[key].append(PromptedObject(box=box, category=categories.get(category or "")))
+    ids = ids_of(images, {key: entry["file_name"] for key, entry in listed.items()})
+    if missing := [name for name in images if name not in ids]:
+        problems.append(f"lists no image {missing[0]} ({len(missing)} of {len(images)} are missing).")
+    if problems:
+        raise DataError(f"{file}: {problem}" for problem in problems)
+    return {name: objects[ids[name]] for name in images}
+
+
+def ids_of(images: Collection[str], listed: Mapping[str, str]) -> dict[str, str]:
+    """Returns the ids of images, by name, as far as they are `listed`: the paths or URLs of the files by id."""
+    ids = {spelling: key for key, name in listed.items() for spelling in spellings(name) if spelling in images}
+    with_name = Counter(base_name(name) for name in images)
+    listed_with_name: dict[str, list[str]] = {}
+    for key in listed.keys() - set(ids.values()):
+        listed_with_name.setdefault(base_name(listed[key]), []).append(key)
+    for name in images:
+        keys = listed_with_name.get(base_name(name), [])
+        if name not in ids and len(keys) == 1 and with_name[base_name(name)] == 1:
+            ids[name] = keys[0]
+    return ids
 
 
 def rough_masks(path: Path, size: tuple[int, int]) -> list[PromptedObject]:

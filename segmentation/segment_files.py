@@ -18,7 +18,7 @@ from image_data.pillow_images import DataError, number_of
 from .adapted_model import DEVICE, load_adapted, load_base
 from .automatic import AutomaticSegments
 from .predictor import Predictor
-from .prompt_files import PromptFileError, coco_boxes, rough_masks
+from .prompt_files import coco_boxes, rough_masks
 from .result_files import Annotations, SegmentedImage, write_pictures
 from .segmenter import ImageSegmenter, PromptedObject, check_prompts
 from .segments import Segment, by_area, segment_of
@@ -79,7 +79,7 @@ def segment_files(request: SegmentationRequest) -> None:
         raise ValueError(
             f"--point and --box are for one image, got {len(images)}: give one, or the boxes of all with --coco."
         )
-    boxes = boxes_by_image(request.coco, images) if request.coco else {}
+    boxes = coco_boxes(request.coco, images) if request.coco else {}
     model, processor = load(request.base, request.revision, request.adapter, request.changes.get("image_size"))
     settings = SegmentationSettings.load(request.adapter or request.base or SAM_TINY).but(**request.changes)
     if request.objects:
@@ -160,19 +160,6 @@ def find_images(paths: Iterable[Path]) -> dict[str, Path]:
                 raise ValueError(f"{path}: has the same name as {other}: give them different --output folders.")
             images[name] = path
     return images
-
-
-def boxes_by_image(coco: Path, images: dict[str, Path]) -> dict[str, list[PromptedObject]]:
-    """Returns the boxes of each image, by its name.
-
-    Raises:
-        PromptFileError: If the file has none for an image.
-    """
-    boxes = coco_boxes(coco)
-    missing = [str(path) for name, path in images.items() if name not in boxes]
-    if missing:
-        raise PromptFileError(f"{coco}: lists no image {missing[0]} ({len(missing)} of {len(images)} are missing).")
-    return {name: boxes[name] for name in images}
 
 
 def mask_file(masks: Path, image: Path) -> Path:

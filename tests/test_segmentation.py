@@ -151,12 +151,22 @@ def test_boxes_and_categories_of_annotations(coins, tmp_path):
     written = json.loads((output / "annotations.json").read_text())
     names = {category["id"]: category["name"] for category in written["categories"]}
     assert [names[annotation["category_id"]] for annotation in written["annotations"]] == ["gold", "copper"]
+    content["images"][0] |= {"id": "7", "file_name": "C:\\Users\\me\\a%20b\\Coins.png"}  # as read for training
+    content["annotations"].append({"image_id": 7.0, "bbox": [0, 0, 300, 300], "category_id": 5, "iscrowd": 1})
+    (tmp_path / "boxes.json").write_text(json.dumps(content))
+    by_name = run(coins, "--coco", tmp_path / "boxes.json", "--output", tmp_path / "by_name")
+    assert (by_name / "annotations.json").read_bytes() == (output / "annotations.json").read_bytes()
+    content["annotations"].append({"image_id": 7, "bbox": [1, 2, 3]})
+    (tmp_path / "boxes.json").write_text(json.dumps(content))
+    with pytest.raises(SystemExit, match=r"annotation 4 of the list: expected a bbox of left, top, width and height"):
+        run(coins, "--coco", tmp_path / "boxes.json", "--output", tmp_path / "other")
+    del content["annotations"][-1]
     content["images"][0]["file_name"] = "elsewhere.png"
     (tmp_path / "boxes.json").write_text(json.dumps(content))
     with pytest.raises(SystemExit, match=r"boxes\.json: lists no image .*coins\.png"):
         run(coins, "--coco", tmp_path / "boxes.json", "--output", tmp_path / "other")
     (tmp_path / "boxes.json").write_text("[]")
-    with pytest.raises(SystemExit, match=r"boxes\.json: expected COCO annotations"):
+    with pytest.raises(SystemExit, match=r"boxes\.json: not a COCO annotation file"):
         run(coins, "--coco", tmp_path / "boxes.json", "--output", tmp_path / "other")
 
 
