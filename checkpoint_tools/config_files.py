@@ -76,15 +76,15 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def copy_plain(file: Path, copy: Path) -> None:
-    """Copies settings that are numbers, words and switches.
+    """Copies settings that are numbers, words and switches, lists of them, and groups of such settings.
 
     Raises:
         ValueError: If one is something else.
     """
     settings = read_json(file)
     for name, value in settings.items():
-        if not isinstance(value, str | int | float | None):
-            raise ValueError(f"{file.name} has {name}={value!r:.80}, expected a number, a word, true or false.")
+        if not all(map(_is_plain, value.values() if isinstance(value, dict) else [value])):
+            raise ValueError(f"{file.name} has {name}={value!r:.80}, expected numbers, words, true or false.")
     copy.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
@@ -106,6 +106,10 @@ def known_settings(settings: dict[str, Any], default: dict[str, Any]) -> dict[st
         for name, value in settings.items()
         if (name in default or name in WRITTEN_WITH_A_MODEL) and name != "_name_or_path"  # a path of the author's
     }
+
+
+def _is_plain(value: Any) -> bool:
+    return all(isinstance(each, str | int | float | None) for each in (value if isinstance(value, list) else [value]))
 
 
 def _is_bool(value: Any) -> bool:

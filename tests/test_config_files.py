@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import finetune
 import segment
 from checkpoint_tools.config_files import SETTINGS, read_processor
 from segmentation.adapted_model import ModelError, load_base
+from segmentation.settings import SegmentationSettings
 
 
 OLD = {  # as facebook/sam-vit-base has it
@@ -135,14 +137,15 @@ def test_how_a_fine_tuned_model_is_used_is_passed_on(
 ) -> None:
     folder = shutil.copytree(base_dir, tmp_path / "tuned")
     for content, problem in (
-        ({"tile": 512, "min_iou": 0.7, "image_size": None}, ""),
-        ({"tile": {"a": 1}}, "has tile="),
+        (asdict(SegmentationSettings(tile=512, min_iou=0.7).but(channels=[3, 2, 1], intensity="min-max")), ""),
+        ({"tile": {"a": {"b": 1}}}, "has tile="),
     ):
         (folder / "segmentation.json").write_text(json.dumps(content))
         message = run_upload("--base", folder, "--output", tmp_path / "out", fails=bool(problem))
         assert problem in message
         if not problem:
-            assert json.loads((tmp_path / "out" / "segmentation.json").read_text()) == content
+            written = json.loads((tmp_path / "out" / "segmentation.json").read_text())
+            assert written == json.loads((folder / "segmentation.json").read_text())
             shutil.rmtree(tmp_path / "out")
 
 
