@@ -12,6 +12,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
+from transformers.utils import cached_file
 
 from .messages import one_line
 
@@ -75,6 +76,23 @@ def require_name(checkpoint: str, revision: str | None = None) -> None:
         validate_repo_id(checkpoint)
     except HFValidationError as error:
         raise ValueError(f"{checkpoint}: there is no such folder, and it is no Hub id, which is USER/NAME.") from error
+
+
+def require_no_adapter(checkpoint: str, revision: str | None = None) -> None:
+    """Checks that `checkpoint` is not an adapter alone, which transformers would load onto the base that it names.
+
+    Raises:
+        ValueError: If it is one.
+    """
+    config, adapter = (
+        cached_file(checkpoint, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+        for name in ("config.json", "adapter_config.json")
+    )
+    if adapter and not config:
+        raise ValueError(
+            f"{checkpoint} is an adapter: expected a whole model. Give the adapter as --adapter, or merge it with "
+            "convert.py to-sam --adapter."
+        )
 
 
 def named_in(adapter_config: dict[str, Any]) -> tuple[str | None, str | None]:

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, SamConfig, SamModel, SamProcessor
 
 from .checkout import split_class
 from .errors import well_formed
-from .fetching import require_name
+from .fetching import require_name, require_no_adapter
 
 
 VISION_TYPES = ("sam_vision_model", "sam_split_vision_model")
@@ -46,6 +46,7 @@ def model_type(source: str, revision: str | None = None) -> str | None:
     """
     require_name(source, revision)
     with well_formed(source):
+        require_no_adapter(source, revision)
         settings = SamConfig.get_config_dict(source, revision=revision)[0]
         if "quantization_config" in settings:
             raise ValueError(f"{source} is quantized: expected the model in full precision.")

@@ -10,7 +10,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, SamProcessor
 from checkpoint_tools.checkout import split_class
 from checkpoint_tools.config_files import read_processor
 from checkpoint_tools.errors import well_formed
-from checkpoint_tools.fetching import named_in, require_name
+from checkpoint_tools.fetching import named_in, require_name, require_no_adapter
 from checkpoint_tools.fused_adapters import with_adapter
 from checkpoint_tools.loading import let_gradients_through_4bit, processor_sizes
 from checkpoint_tools.messages import one_line
@@ -45,6 +45,7 @@ def load_base(
     require_model_name(base, revision)
     try:
         with well_formed(base):
+            require_no_adapter(base, revision)
             model = split_class().from_pretrained(base, revision=revision, dtype=torch.float32, **options)
         let_gradients_through_4bit(model)
         sizes = {} if image_size is None else processor_sizes(model.config)

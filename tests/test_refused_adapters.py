@@ -1,12 +1,18 @@
 """Adapters that cannot be converted or merged are refused, with the reason."""
 
 import re
+import sys
 
 import pytest
 import torch
 from adapter_files import lora, rewrite, write
-from conftest import stock_model
+from conftest import ROOT, stock_model
 
+import app
+import convert
+import evaluate
+import finetune
+import segment
 from checkpoint_tools.adapter_conversions import adapter_to_fused, adapter_to_split
 
 
@@ -139,3 +145,23 @@ def test_no_such_base(load, tmp_path, refused):
     write(load(), lora(target_modules=["q", "v"]), tmp_path / "adapter")
     message = refused("adapter-to-fused adapter out --base ./no/such/folder")
     assert "./no/such/folder: there is no such folder, and it is no Hub id, which is USER/NAME" in message
+
+
+def test_an_adapter_in_the_place_of_a_model_is_refused(load, tmp_path, monkeypatch, capsys):
+    """transformers loads it onto the base that it names, at the base's side and without the adapter's settings."""
+    write(load(), lora(target_modules=["q", "v"]), tmp_path / "adapter")
+    adapter, photo = str(tmp_path / "adapter"), str(ROOT / "docs" / "images" / "coins.png")
+    monkeypatch.chdir(tmp_path)
+    for command, *arguments in (
+        (segment, photo, "--point", "9", "9", "--base", adapter),
+        (evaluate, "--model", adapter),
+        (finetune, "--base", adapter),
+        (app, "--base", adapter),
+        (convert, "to-sam", adapter, "out"),
+        (convert, "to-onnx", adapter, "out"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["command", *arguments])
+        with pytest.raises(SystemExit) as end:
+            command.main()
+        assert f"{adapter} is an adapter: expected a whole model. Give the adapter as --adapter" in str(end.value.code)
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
