@@ -119,6 +119,8 @@ def turn_with_image(mask: Pixels, image: Pixels, also_if_it_fits: bool = False) 
     if turned.shape[:2] == size and (also_if_it_fits or mask.values.shape[:2] != size):
         mask.values = turned
         return "images were turned upright, as their EXIF orientation says, and their masks with them"
+    if turned.shape[:2] != size:
+        return "images were turned upright, as their EXIF orientation says; their masks fit as they are"
     return "images were turned upright, as their EXIF orientation says, but not their masks (--turn-masks)"
 
 

@@ -86,6 +86,20 @@ def test_masks_that_fit_both_ways_are_turned_if_asked_for(tmp_path):
     np.testing.assert_array_equal(source.read().labels, labels[::-1, ::-1])
 
 
+@pytest.mark.parametrize("turn_masks", [False, True])
+def test_masks_that_are_upright_already_stay_so_and_no_option_is_advised(turn_masks, tmp_path):
+    images, masks = folders(tmp_path)
+    labels = (blocks() % 251).astype(np.uint8)
+    photo(images / "a.png", labels, 6)
+    Image.fromarray(np.rot90(labels, -1)).save(masks / "a.png")
+    (source,) = paired_files(images, masks, labels=LabelReading(turn_masks=turn_masks)).sources
+    whole = source.read()
+    np.testing.assert_array_equal(whole.labels, np.rot90(labels, -1))
+    assert list(whole.notes) == [
+        "images were turned upright, as their EXIF orientation says; their masks fit as they are"
+    ]
+
+
 def test_masks_with_an_orientation_of_their_own_are_not_turned_again(tmp_path):
     images, masks = folders(tmp_path)
     labels = (blocks() % 251).astype(np.uint8)
