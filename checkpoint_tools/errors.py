@@ -34,6 +34,8 @@ MALFORMED = (
     *(AssertionError, AttributeError, IndexError, KeyError, TypeError, ZeroDivisionError),
     json.JSONDecodeError,
 )
+NO_MEMORY = r"out of memory\b|can't allocate memory"  # as torch says of GPUs, and of CPUs
+LESS_MEMORY = "Ask for less: smaller batches (--batch-size, --preset), images (--image-size, --tile) or a --grid."
 TORCH_COULD_NOT_WRITE = r"unexpected pos \d+ vs \d+|file write failed"
 
 
@@ -52,8 +54,8 @@ def one_line_errors(*expected: type[Exception], prefix: str = "", interrupted: s
         sys.exit(interrupted)
     except (*EXPECTED, *expected) as error:
         sys.exit(prefix + explained(error))
-    except RuntimeError as error:
-        if error_number(error) is None:
+    except (MemoryError, RuntimeError) as error:
+        if error_number(error) is None and not is_out_of_memory(error):
             raise
         sys.exit(prefix + explained(error))
 
@@ -86,9 +88,17 @@ def explained(error: BaseException) -> str:
     if isinstance(error, pickle.UnpicklingError):  # torch advises to run the code
         return "The file of weights is damaged, or holds objects, which are code: save it anew as safetensors."
     line = one_line(error) or type(error).__name__
+    if is_out_of_memory(error):
+        amount = re.search(r"allocate ([\d.]+ \w+)", line)
+        return f"Out of memory{f' for {amount[1]} more' if amount else ''}. {LESS_MEMORY}"
     if len(line) > LONGEST:
         line = f"{line[: LONGEST - 300]} [...] {line[-300:]}"
     return "\n".join(getattr(error, "lines", ())) or line
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory has run out, that of the machine or of a GPU."""
+    return isinstance(error, MemoryError) or bool(re.search(NO_MEMORY, str(error)))
 
 
 def error_number(error: BaseException) -> int | None:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -54,6 +55,26 @@ def test_one_line_says_what_to_do(error: Exception, line: str) -> None:
         raise error
     assert str(caught.value.code).startswith("command: " + line)
     assert "\n" not in str(caught.value.code)
+
+
+@pytest.mark.parametrize(
+    ("allocate", "line"),
+    [
+        (lambda: torch.empty(2**50), "Out of memory for 4503599627370496 bytes more. Ask for less: smaller"),
+        (lambda: np.empty(2**50), "Out of memory for 8.00 PiB more. Ask for less: smaller batches"),
+        (lambda: bytearray(2**60), "Out of memory. Ask for less: smaller batches"),
+    ],
+    ids=["torch", "NumPy", "Python"],
+)
+def test_memory_that_runs_out_is_said_in_one_line(allocate: Callable, line: str) -> None:
+    with pytest.raises(SystemExit) as caught, one_line_errors():
+        allocate()
+    assert str(caught.value.code).startswith(line)
+
+
+def test_memory_of_a_gpu_that_runs_out_is_said_in_one_line() -> None:
+    with pytest.raises(SystemExit, match=r"Out of memory for 2\.00 GiB more\. Ask for less"), one_line_errors():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of")
 
 
 def test_mistakes_of_our_own_are_not_hidden() -> None:
