@@ -120,9 +120,18 @@ class SamVisionLayerSplit(SamVisionLayer):
         super().__init__(config, window_size)
         self.attn = SamVisionAttentionSplit(config, window_size)
 
+    @property
+    def window_size(self) -> int:
+        """That of `attn`, so that changing it has the effect that it has on stock."""
+        return self.attn.window_size
+
+    @window_size.setter
+    def window_size(self, value: int) -> None:
+        self.attn.window_size = value
+
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Returns `hidden_states` (B, rows, columns, C) after attention and MLP."""
-        attn_output, _ = self.attn(self.layer_norm1(hidden_states))
+        attn_output, _ = self.attn(hidden_states=self.layer_norm1(hidden_states))  # by name as in stock, for hooks
         hidden_states = hidden_states + attn_output
         return hidden_states + self.mlp(self.layer_norm2(hidden_states))
 

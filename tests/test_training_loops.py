@@ -31,7 +31,7 @@ from gradient_comparison import (  # noqa: F401
 )
 from torch import nn
 from torch.func import functional_call
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
 
@@ -122,6 +122,38 @@ def backward_hooks(model: nn.Module, inputs: Tensors) -> Tensors:
     return results | {name: tensor for name, tensor in seen.items() if ".attn.proj" not in name}
 
 
+def attention_hooks(model: nn.Module, inputs: Tensors) -> Tensors:
+    """They take what stock gives them: the states by name, and so no gradient to change in backward."""
+
+    def scaled(module, args, kwargs):
+        return args, {**kwargs, "hidden_states": 2 * kwargs["hidden_states"]}
+
+    for layer in model.vision_encoder.layers:
+        layer.attn.register_forward_pre_hook(scaled, with_kwargs=True)
+        layer.attn.register_full_backward_hook(lambda module, grad_input, _: tuple(2 * grad for grad in grad_input))
+        layer.attn.register_forward_hook(lambda module, args, output: (3 * output[0], output[1]))
+    return plain(model, inputs)
+
+
+def other_windows(model: nn.Module, inputs: Tensors) -> Tensors:
+    """A windowed layer made global, a global one windowed, and windows of another side."""
+    for layer, side in zip(model.vision_encoder.layers, (0, 5, 4), strict=True):
+        layer.window_size = side
+    return plain(model, inputs)
+
+
+def pruned_projections(model: nn.Module, inputs: Tensors) -> Tensors:
+    """The same weights as zeros, in three masks or in one."""
+    for layer in model.vision_encoder.layers:
+        mask = torch.arange(84 * 28).view(84, 28) % 3 > 0
+        names = ["qkv"] if hasattr(layer.attn, "qkv") else ["q", "k", "v"]
+        for name, part in zip(names, mask.chunk(len(names)), strict=True):
+            prune.custom_from_mask(layer.attn.get_submodule(name), "weight", part)
+    results = plain(model, inputs)
+    model.load_state_dict(model.state_dict())
+    return joined({name.replace("weight_orig", "weight"): tensor for name, tensor in results.items()})
+
+
 def tied_layers(model: nn.Module, inputs: Tensors) -> Tensors:
     layers = model.vision_encoder.layers
     layers[2].attn = layers[0].attn
@@ -201,6 +233,9 @@ LOOPS: dict[str, Loop] = {
     "checkpoint around the encoder": whole_encoder_checkpointed,
     "reentrant checkpoint around the encoder": whole_encoder_checkpointed_reentrant,
     "backward hooks": backward_hooks,
+    "hooks on attention": attention_hooks,
+    "other windows": other_windows,
+    "pruned projections": pruned_projections,
     "tied layers": tied_layers,
     "threads": from_threads,
     "replicas": replicas,
@@ -213,7 +248,9 @@ LOOPS: dict[str, Loop] = {
 FOLDED = ["plain", "functional_call", "accumulation", "frozen but for tables", "replicas"]
 
 
-@pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled:UserWarning")
+@pytest.mark.filterwarnings(
+    "ignore:Anomaly Detection has been enabled:UserWarning", "ignore:Full backward hook is firing"
+)
 @pytest.mark.parametrize(
     "path, name",
     [("tiled", name) for name in LOOPS] + [("folded", name) for name in FOLDED],
