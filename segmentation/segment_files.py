@@ -79,6 +79,8 @@ def segment_files(request: SegmentationRequest) -> None:
         raise ValueError(
             f"--point and --box are for one image, got {len(images)}: give one, or the boxes of all with --coco."
         )
+    if request.masks and request.masks.is_file() and len(images) > 1:
+        raise ValueError(f"--masks {request.masks} is for one image, got {len(images)}: give a folder of masks.")
     boxes = coco_boxes(request.coco, images) if request.coco else {}
     model, processor = load(request.base, request.revision, request.adapter, request.changes.get("image_size"))
     settings = SegmentationSettings.load(request.adapter or request.base or SAM_TINY).but(**request.changes)
@@ -93,7 +95,7 @@ def segment_files(request: SegmentationRequest) -> None:
                 image = read_image(path, settings.reading)
                 objects = [*request.objects, *boxes.get(name, ())]
                 if request.masks:
-                    objects += rough_masks(mask_file(request.masks, path), image.shape[:2])
+                    objects += rough_masks(mask_file(request.masks, name), image.shape[:2])
                 check_prompts(objects, image.shape[:2])
                 segmenter = ImageSegmenter(predictor, image, settings)
                 if request.everything:
@@ -162,18 +164,19 @@ def find_images(paths: Iterable[Path]) -> dict[str, Path]:
     return images
 
 
-def mask_file(masks: Path, image: Path) -> Path:
-    """Returns the label image that belongs to an image.
+def mask_file(masks: Path, image: str) -> Path:
+    """Returns the label image of an image, whose name has the folders that it is in, as those of masks to train on.
 
     Raises:
         ValueError: If there is none.
     """
     if masks.is_file():
         return masks
+    stem = image.removesuffix(Path(image).suffix)
     for suffix in MASK_SUFFIXES:
-        if (path := masks / f"{image.stem}{suffix}").is_file():
+        if (path := masks / f"{stem}{suffix}").is_file():
             return path
-    raise ValueError(f"{image}: no label image {image.stem} in {masks} ({', '.join(MASK_SUFFIXES)}).")
+    raise ValueError(f"no label image {stem} in {masks} ({', '.join(MASK_SUFFIXES)}).")
 
 
 def nothing_found(result: AutomaticSegments, settings: SegmentationSettings) -> str:

@@ -189,6 +189,28 @@ def test_rough_masks_are_refined(coins, tmp_path):
         run(coins, "--masks", tmp_path / "masks", "--output", tmp_path / "other")
 
 
+def test_each_image_has_the_rough_mask_of_its_own_folder(coins, tmp_path):
+    """Never that of another image of the same name."""
+    mask = np.zeros((303, 384), dtype=np.uint8)
+    mask[235:285, 20:72] = 1
+    for folder in ("left", "right"):
+        for path in (tmp_path / "photos" / folder, tmp_path / "masks" / folder):
+            path.mkdir(parents=True)
+        Image.open(coins).save(tmp_path / "photos" / folder / "a.png")
+        Image.fromarray(np.roll(mask, 240, axis=1) if folder == "right" else mask).save(path / "a.png")
+    photos, masks = tmp_path / "photos", tmp_path / "masks"
+    output = run(photos, "--masks", masks, "--output", tmp_path / "out")
+    assert [picture(output / folder / "a-labels.png")[260, [45, 285]].tolist() for folder in ("left", "right")] == [
+        [1, 0],
+        [0, 1],
+    ]
+    with pytest.raises(SystemExit, match=r"--masks .*a\.png is for one image, got 2: give a folder of masks"):
+        run(photos, "--masks", masks / "left" / "a.png", "--output", tmp_path / "other")
+    (masks / "right" / "a.png").rename(masks / "a.png")
+    with pytest.raises(SystemExit, match=r"right/a\.png: no label image right/a in "):
+        run(photos, "--masks", masks, "--output", tmp_path / "other")
+
+
 class TestAdapters:
     @pytest.fixture
     def adapter(self, tmp_path: Path) -> Path:
