@@ -107,13 +107,18 @@ def fuse_split(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor
     return fused
 
 
+def not_ignored(keys: Iterable[str], patterns: Iterable[str] | None) -> set[str]:
+    """Returns the keys in which none of the patterns is found that a class may declare for keys to ignore."""
+    return {key for key in keys if not any(re.search(pattern, key) for pattern in patterns or ())}
+
+
 def check_loaded(
     model: PreTrainedModel,
     loading_info: Any,
     ignore_mismatched_sizes: bool,
     state_dicts: Iterable[Mapping[str, torch.Tensor]],
 ) -> None:
-    """Checks that each weight of the model has the checkpoint's value.
+    """Checks that each weight of the model has the checkpoint's value, but those that its class ignores on load.
 
     Args:
         model: The model after loading, before missing weights are initialised and tied ones tied.
@@ -125,7 +130,9 @@ def check_loaded(
     Raises:
         ValueError: If weights are missing, have another shape, appear twice, or are unexpected in vision attention.
     """
-    missing, mismatched = set(loading_info.missing_keys), set(loading_info.mismatched_keys)
+    missing = not_ignored(loading_info.missing_keys, model._keys_to_ignore_on_load_missing)
+    unexpected = not_ignored(loading_info.unexpected_keys, model._keys_to_ignore_on_load_unexpected)
+    mismatched = set(loading_info.mismatched_keys)
     for pair in model.all_tied_weights_keys.items():
         if not missing.issuperset(pair):  # one of the two is enough
             missing -= set(pair)
@@ -137,7 +144,7 @@ def check_loaded(
         layers[match[2]].add(match[1])
     problems = {
         "missing: ": missing,
-        "not in the model: ": {key for key in loading_info.unexpected_keys if ".attn." in key},
+        "not in the model: ": {key for key in unexpected if ".attn." in key},
         "of another shape: ": {
             f"{key} {tuple(theirs)}, in the model {tuple(ours)}" for key, theirs, ours in mismatched
         },

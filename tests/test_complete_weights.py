@@ -45,6 +45,31 @@ def test_any_missing_weight_is_named(name: str, stock_dir: Path, tmp_path: Path)
         split_class().from_pretrained(path)
 
 
+@pytest.mark.parametrize("source", ["stock_dir", "split_dir"])
+def test_subclass_names_the_weights_that_checkpoints_lack(source, request, tmp_path):
+    """And those that it has no use for. All others are still needed."""
+
+    class WithHead(split_class()):
+        _keys_to_ignore_on_load_missing = [r"^head\."]
+        _keys_to_ignore_on_load_unexpected = [r"\.attn\.temperature$"]
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.head = torch.nn.Linear(16, 2)
+            self.post_init()
+
+    def add(weights):
+        weights["vision_encoder.layers.0.attn.temperature"] = torch.ones(1)
+
+    path = rewrite(shutil.copytree(request.getfixturevalue(source), tmp_path / "sam"), add)
+    model = WithHead.from_pretrained(path)
+    assert model.head.weight.any()
+    model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(WithHead.from_pretrained(tmp_path / "saved").head.weight, model.head.weight)
+    with pytest.raises(ValueError, match=r"missing: vision_encoder\.neck\.conv1\.weight\."):
+        WithHead.from_pretrained(rewrite(path, lambda weights: weights.pop("vision_encoder.neck.conv1.weight")))
+
+
 ROADS: dict[str, Callable[[Path], PreTrainedModel]] = {
     "AutoModel": lambda path: AutoModel.from_pretrained(path, trust_remote_code=True),
     "mask generation": lambda path: AutoModelForMaskGeneration.from_pretrained(path, trust_remote_code=True),
