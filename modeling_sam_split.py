@@ -172,14 +172,16 @@ class SamSplitPreTrainedModel(SamPreTrainedModel):
             getattr(model.config, "vision_config", model.config)._interpolate_pos_encoding = False
         return output
 
-    def load_adapter(self, *args, **kwargs):
+    def load_adapter(self, peft_model_id=None, adapter_name=None, *args, **kwargs):
         """As in `PreTrainedModel`, but never with random adapter weights, as transformers < 5.6 leaves them.
 
         Raises:
             ValueError: If weights of the adapter do not reach the model, which must then be loaded anew.
         """
-        loading_info = super().load_adapter(*args, **kwargs)
-        if missing := sorted(getattr(loading_info, "missing_keys", ())):  # some releases return None
+        loading_info = super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)
+        missing = getattr(loading_info, "missing_keys", ())  # some releases return None
+        # It may name weights of other adapters, and the model's own.
+        if missing := sorted(key for key in missing if (adapter_name or "default") in key.split(".")):
             raise ValueError(
                 "The adapter's weights did not reach the model, whose adapter is now random. Load the model again, "
                 "and the adapter with PeftModel.from_pretrained(model, adapter), or upgrade transformers. Missing: "

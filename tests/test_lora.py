@@ -176,6 +176,34 @@ def test_load_adapter(adapted, load, inputs, tmp_path):
             assert_same_outputs(model(**inputs), adapted(**inputs))
 
 
+@pytest.mark.skipif(
+    version.parse(transformers.__version__) < version.parse("5.1"), reason="load_adapter loses weights"
+)
+def test_load_two_adapters(adapted, load, inputs, tmp_path):
+    """Under names of which one is part of many weights' names."""
+    model, expected = load(), {}
+    for seed, name in enumerate(("y", "other")):
+        fill_adapters(adapted, seed)
+        adapted.save_pretrained(tmp_path / name)
+        model.load_adapter(str(tmp_path / name), adapter_name=name)
+        with torch.no_grad():
+            expected[name] = adapted(**inputs)
+    for name, outputs in expected.items():
+        model.set_adapter(name)
+        with torch.no_grad():
+            assert_same_outputs(model.eval()(**inputs), outputs)
+
+
+@pytest.mark.parametrize("name", ["default", "y"])
+def test_load_adapter_with_a_weight_lost(name, adapted, load, tmp_path):
+    adapted.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    weights.popitem()
+    save_file(weights, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"whose adapter is now random.*lora_[AB]\.{name}\.weight"):
+        load().load_adapter(str(tmp_path), adapter_name=name)
+
+
 def test_two_adapters_switched(adapted, load, inputs, tmp_path):
     with torch.no_grad():
         first = adapted(**inputs)
