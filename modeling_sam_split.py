@@ -173,7 +173,7 @@ class SamSplitPreTrainedModel(SamPreTrainedModel):
         return output
 
     def load_adapter(self, peft_model_id=None, adapter_name=None, *args, **kwargs):
-        """As in `PreTrainedModel`, but never with random adapter weights, as transformers < 5.6 leaves them.
+        """As in `PreTrainedModel`, but never with random adapter weights, as transformers < 5.6 leaves (5.23: DoRA's).
 
         Raises:
             ValueError: If weights of the adapter do not reach the model, which must then be loaded anew.
