@@ -159,7 +159,9 @@ def find_images(paths: Iterable[Path]) -> dict[str, Path]:
             name = (path.relative_to(given) if given.is_dir() else Path(path.name)).as_posix()
             other = stems.setdefault(name.removesuffix(path.suffix), path)
             if other != path:
-                raise ValueError(f"{path}: has the same name as {other}: give them different --output folders.")
+                raise ValueError(
+                    f"{path}: has the same name as {other}: rename one, or segment them into two --output folders."
+                )
             images[name] = path
     return images
 
