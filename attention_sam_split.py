@@ -2,14 +2,12 @@
 
     scores[q, k] = scale * query[q] · key[k] + rel_h[q, row of k] + rel_w[q, column of k]
 
-Shapes: R x S windows of H x W tokens, in n heads of d channels. R counts the rows of windows of all images, S the
-windows in a row; without windows R is the number of images, and S is 1. In each of the G = R * S * n groups, N = H * W
-tokens attend to each other. `qkv` (3, R, S, n, H, W, d) holds queries, keys and values. The tables (H, H, d) and
-(W, W, d) hold the vector of relative position for each coordinate of a query and of a key.
+Shapes: M windows, or images if there are no windows, of H x W tokens, in n heads of d channels. In each of the
+G = M * n groups, N = H * W tokens attend to each other. `qkv` (3, M, n, H, W, d) holds queries, keys and values. The
+tables (H, H, d) and (W, W, d) hold the vector of relative position for each coordinate of a query and of a key.
 """
 
 import itertools
-import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -25,18 +23,18 @@ Tables = tuple[torch.Tensor, torch.Tensor]
 
 
 def eager_attention(module: Any, qkv: torch.Tensor, tables: Tables | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns attention (R, S, n, H, W, d), every step spelt out, and its weights (G, N, N) before dropout."""
-    query, key, value = (tokens(states) for states in qkv)  # (G, N, d)
+    """Returns attention (M, n, H, W, d), every step spelt out, and its weights (G, N, N) before dropout."""
+    query, key, value = qkv.flatten(1, 2).flatten(2, 3)  # (G, N, d)
     attn_weights = (query * module.scale) @ key.transpose(-1, -2)
     if tables is not None:
-        attn_weights = attn_weights + relative_position_bias(qkv[0], *tables)
+        attn_weights = attn_weights + relative_position_bias(qkv[0], *tables).flatten(0, 1)
     attn_weights = F.softmax(attn_weights, dim=-1, dtype=torch.float32).to(qkv.dtype)
     attn_probs = F.dropout(attn_weights, module.dropout, module.training)
     return (attn_probs @ value).view(qkv[0].shape), attn_weights
 
 
 def sdpa_attention(module: Any, qkv: torch.Tensor, tables: Tables | None) -> tuple[torch.Tensor, None]:
-    """Returns attention (R, S, n, H, W, d) by PyTorch's fused kernels, on the path that fits the device."""
+    """Returns attention (M, n, H, W, d) by PyTorch's fused kernels, on the path that fits the device."""
     dropout = module.dropout if module.training else 0.0
     # A recorded graph has no use for a long loop, and some recorders lose what is written in place.
     is_recorded = torch.compiler.is_exporting() or torch.jit.is_tracing()
@@ -46,15 +44,16 @@ def sdpa_attention(module: Any, qkv: torch.Tensor, tables: Tables | None) -> tup
         if not dropout:  # which could not be drawn again, tile by tile, for backward
             tile_bytes = getattr(module.config, "attention_tile_bytes", None)
             tile_bytes = tile_bytes or TILE_BYTES.get(qkv.device.type, TILE_BYTES_ELSEWHERE)
-            return TiledAttention.apply(qkv, *tables, module.scale, tile_bytes), None
-    bias = None if tables is None else relative_position_bias(qkv[0], *tables)[None]
-    query, key, value = (tokens(states)[None] for states in qkv)  # (1, G, N, d)
+            output = TiledAttention.apply(qkv.flatten(1, 2), *tables, module.scale, tile_bytes)
+            return output.view(qkv[0].shape), None
+    bias = None if tables is None else relative_position_bias(qkv[0], *tables)
+    query, key, value = qkv.flatten(3, 4)  # (M, n, N, d)
     output = F.scaled_dot_product_attention(query, key, value, bias, dropout_p=dropout, scale=module.scale)
     return output.view(qkv[0].shape), None
 
 
 def attention_path(query: torch.Tensor) -> str:
-    """Returns "folded" where flash kernels can run, else "tiled", for queries (R, S, n, H, W, d).
+    """Returns "folded" where flash kernels can run, else "tiled", for queries (M, n, H, W, d).
 
     | device | dtype | path | why |
     |---|---|---|---|
@@ -67,7 +66,7 @@ def attention_path(query: torch.Tensor) -> str:
     | MPS, XPU, others | any | tiled | no fused kernel that trains with so many channels |
     """
     is_half = query.dtype in (torch.float16, torch.bfloat16)
-    if query.device.type != "cuda" or not is_half or sum(query.shape[3:]) > 256:  # ROCm calls its devices "cuda", too
+    if query.device.type != "cuda" or not is_half or sum(query.shape[2:]) > 256:  # ROCm calls its devices "cuda", too
         return "tiled"
     return "folded" if query.dtype == torch.float16 or takes_bfloat16(query.device) else "tiled"
 
@@ -81,35 +80,30 @@ def takes_bfloat16(device: torch.device) -> bool:
 def relative_positions(
     query: torch.Tensor, table_h: torch.Tensor, table_w: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns `rel_h` (R, S, n, H, W, H) and `rel_w` (R, S, n, H, W, W).
+    """Returns `rel_h` (..., H, W, H) and `rel_w` (..., H, W, W) for `query` (..., H, W, d).
 
     Source: MViTv2, https://arxiv.org/abs/2112.01526, equation 4.
     """
-    rel_h = torch.einsum("rsnhwd,hkd->rsnhwk", query, table_h)
-    rel_w = torch.einsum("rsnhwd,wkd->rsnhwk", query, table_w)
+    rel_h = torch.einsum("...hwd,hkd->...hwk", query, table_h)
+    rel_w = torch.einsum("...hwd,wkd->...hwk", query, table_w)
     return rel_h.to(query.dtype), rel_w.to(query.dtype)
 
 
 def relative_position_bias(
     query: torch.Tensor, table_h: torch.Tensor, table_w: torch.Tensor, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Returns the bias (G, N, N) of the scores of `query`, or that of a tile, given its rows of the tables."""
-    rel_h, rel_w = (rel.flatten(0, 2).contiguous() for rel in relative_positions(query, table_h, table_w))
-    if out is None:
-        return (rel_h[..., :, None] + rel_w[..., None, :]).flatten(3).flatten(1, 2)
-    shape = *rel_h.shape, rel_w.shape[-1]
-    return torch.add(rel_h[..., :, None], rel_w[..., None, :], out=out.view(shape)).view(out.shape)
-
-
-def tokens(states: torch.Tensor) -> torch.Tensor:
-    """Returns (R, S, n, H, W, d) as (G, N, d), contiguous, as rows far apart in memory slow matrix products down."""
-    return states.flatten(3, 4).flatten(0, 2).contiguous()
+    """Returns the bias (..., N, N) of `query` (..., H, W, d), or of some of its rows, given their part of `table_h`."""
+    rel_h, rel_w = (rel.contiguous() for rel in relative_positions(query, table_h, table_w))
+    if out is not None:
+        out = out.view(*rel_h.shape, rel_w.shape[-1])
+    bias = torch.add(rel_h[..., :, None], rel_w[..., None, :], out=out)  # (..., H, W, H, W)
+    return bias.flatten(-4, -3).flatten(-2, -1)
 
 
 def folded_attention(
     qkv: torch.Tensor, table_h: torch.Tensor, table_w: torch.Tensor, scale: float, dropout: float = 0.0
 ) -> torch.Tensor:
-    """Returns attention (R, S, n, H, W, d) with the bias folded into head channels, so that kernels need no mask.
+    """Returns attention (M, n, H, W, d) with the bias folded into head channels, so that kernels need no mask.
 
     [scale * query[q], rel_h[q], rel_w[q]] · [key[k], onehot(row of k), onehot(column of k)]
 
@@ -118,7 +112,7 @@ def folded_attention(
     """
     query, key, value = qkv
     rel_h, rel_w = relative_positions(query, table_h, table_w)
-    height, width, channels = query.shape[3:]
+    height, width, channels = query.shape[2:]
     num_channels = -(-(channels + height + width) // 8) * 8
     if 192 < num_channels < 256:
         num_channels = 256
@@ -131,7 +125,7 @@ def folded_attention(
 
     def extend(*parts: torch.Tensor) -> torch.Tensor:
         parts = tuple(part.expand(*query.shape[:-1], part.shape[-1]) for part in parts)
-        return torch.cat(parts, -1).flatten(3, 4).flatten(0, 1)  # (R * S, n, N, channels)
+        return torch.cat(parts, -1).flatten(2, 3)  # (M, n, N, channels)
 
     output = F.scaled_dot_product_attention(
         extend(query * scale, rel_h, rel_w, zeros[..., :filling]),
@@ -154,15 +148,15 @@ class TiledAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(qkv, table_h, table_w, scale, tile_bytes):
-        """Returns the attended values (R, S, n, H, W, d)."""
+        """Returns the attended values (G, H, W, d), given `qkv` (3, G, H, W, d)."""
         query, key, value = qkv
         output = torch.empty_like(query)
-        for tile, (scores,) in tiles(query, tile_bytes, query.dtype):
-            group, (rows, columns) = tile[:3], tile[3:]
-            bias = relative_position_bias(query[tile], table_h[rows], table_w[columns], out=scores)
-            q, k, v = (tokens(states)[None] for states in (query[tile], key[group], value[group]))
-            tile_output = F.scaled_dot_product_attention(q, k, v, bias[None], scale=scale)
-            output[tile] = tile_output.view(query[tile].shape)
+        for groups, rows, (scores,) in tiles(query, tile_bytes, query.dtype):
+            tile = query[groups, rows]  # (g, h, W, d)
+            bias = relative_position_bias(tile, table_h[rows], table_w, out=scores)
+            q, k, v = (states.flatten(1, 2)[None] for states in (tile, key[groups], value[groups]))
+            attended = F.scaled_dot_product_attention(q, k, v, bias[None], scale=scale)
+            output[groups, rows] = attended.view(tile.shape)
         return output
 
     @staticmethod
@@ -209,55 +203,49 @@ def tiled_gradients(grad_output, qkv, table_h, table_w, scale, tile_bytes) -> tu
     """Returns the gradients of `qkv` and of both tables, without regard to autocast."""
     inputs = qkv, table_h, table_w
     dtype = torch.promote_types(qkv.dtype, torch.float32)
-    grads = tuple(torch.zeros_like(tensor, dtype=dtype) for tensor in inputs)
+    grads = tuple(tensor.new_zeros(tensor.shape, dtype=dtype) for tensor in inputs)
     (grad_query, grad_key, grad_value), grad_table_h, grad_table_w = grads
     query, key, value = qkv
-    for tile, (probs, scores) in tiles(query, tile_bytes, dtype, dtype):
-        group, (rows, columns) = tile[:3], tile[3:]
-        q, g = (tokens(states[tile].to(dtype)) for states in (query, grad_output))  # (g, n, d), n queries of the tile
-        k, v = (tokens(states[group].to(dtype)) for states in (key, value))  # (g, N, d)
-        tables = table_h[rows].to(dtype), table_w[columns].to(dtype)
+    for groups, rows, (probs, scores) in tiles(query, tile_bytes, dtype, dtype):
+        tile, grad_tile = (states[groups, rows].to(dtype) for states in (query, grad_output))  # (g, h, W, d)
+        q, g = tile.flatten(1, 2), grad_tile.flatten(1, 2)  # (g, hW, d)
+        k, v = (states[groups].flatten(1, 2).to(dtype) for states in (key, value))  # (g, N, d)
+        tables = table_h[rows].to(dtype), table_w.to(dtype)
 
-        relative_position_bias(query[tile].to(dtype), *tables, out=scores)
+        relative_position_bias(tile, *tables, out=scores)
         torch.softmax(scores.baddbmm_(q, k.mT, alpha=scale), -1, out=probs)
-        grad_value[group].view(v.shape).baddbmm_(probs.mT, g)
+        grad_value[groups].view(v.shape).baddbmm_(probs.mT, g)
         grad_probs = torch.bmm(g, v.mT, out=scores)
         grad_scores = torch._softmax_backward_data(grad_probs, probs, -1, dtype, grad_input=probs)
-        grad_key[group].view(k.shape).baddbmm_(grad_scores.mT, q, alpha=scale)
+        grad_key[groups].view(k.shape).baddbmm_(grad_scores.mT, q, alpha=scale)
 
-        grid = (len(q), *query[tile].shape[3:5])
-        grad_bias = grad_scores.view(*grid, *query.shape[3:5])
-        grad_rel_h, grad_rel_w = grad_bias.sum(-1), grad_bias.sum(-2)  # (g, h, w, H) and (g, h, w, W)
-        grad_query[tile] = (
-            (grad_scores @ k).mul_(scale).view(*grid, -1)
+        grad_bias = grad_scores.view(*tile.shape[:3], *query.shape[1:3])
+        grad_rel_h, grad_rel_w = grad_bias.sum(-1), grad_bias.sum(-2)  # (g, h, W, H) and (g, h, W, W)
+        grad_query[groups, rows] = (
+            (grad_scores @ k).mul_(scale).view(tile.shape)
             + torch.einsum("ghwk,hkd->ghwd", grad_rel_h, tables[0])
             + torch.einsum("ghwk,wkd->ghwd", grad_rel_w, tables[1])
-        ).view(query[tile].shape)
-        grad_table_h[rows] += torch.einsum("ghwk,ghwd->hkd", grad_rel_h, q.view(*grid, -1))
-        grad_table_w[columns] += torch.einsum("ghwk,ghwd->wkd", grad_rel_w, q.view(*grid, -1))
+        )
+        grad_table_h[rows] += torch.einsum("ghwk,ghwd->hkd", grad_rel_h, tile)
+        grad_table_w += torch.einsum("ghwk,ghwd->wkd", grad_rel_w, tile)
     return tuple(grad.to(tensor.dtype) for grad, tensor in zip(grads, inputs, strict=True))
 
 
-def tiles(query: torch.Tensor, tile_bytes: int, *dtypes: torch.dtype) -> Iterator[tuple[tuple[slice, ...], list]]:
-    """Cuts the queries (R, S, n, H, W, d) into tiles, each with buffers for its scores (g, n, N) against all its keys.
+def tiles(query: torch.Tensor, tile_bytes: int, *dtypes: torch.dtype) -> Iterator[tuple[slice, slice, list]]:
+    """Cuts the queries (G, H, W, d) into tiles: several groups, or several rows of one.
 
     Yields:
-        The tile's index into `query`, less the last axis, and for each of `dtypes` a buffer (g, n, N) of at most
-        `tile_bytes`, or one query's scores. All tiles share the buffers' memory.
+        The groups and the rows of the tile, and for each of `dtypes` a buffer (g, h * W, N) for the scores of its
+        queries, of at most `tile_bytes`, or one row's. All tiles share the buffers' memory.
     """
-    *shape, _ = query.shape
-    num_keys = shape[-2] * shape[-1]
-    limit = max(1, tile_bytes // (num_keys * max(dtype.itemsize for dtype in dtypes)))
-    ranges, num_queries = [], 1
-    for length in reversed(shape):  # an axis is cut only where all after it fit as a whole, or into ones
-        step = max(1, min(length, limit // num_queries))
-        num_queries *= step
-        ranges.append([slice(start, min(start + step, length)) for start in range(0, length, step)])
-    buffers = [query.new_empty(num_queries * num_keys, dtype=dtype) for dtype in dtypes]
-    for tile in itertools.product(*reversed(ranges)):
-        sides = [part.stop - part.start for part in tile]
-        size = math.prod(sides[:3]), math.prod(sides[3:]), num_keys
-        yield tile, [buffer[: math.prod(size)].view(size) for buffer in buffers]
+    num_groups, height, width, _ = query.shape
+    row_bytes = width * height * width * max(dtype.itemsize for dtype in dtypes)
+    group_step = max(1, min(num_groups, tile_bytes // (row_bytes * height)))
+    row_step = max(1, min(height, tile_bytes // row_bytes))
+    buffers = [query.new_empty(group_step, row_step * width, height * width, dtype=dtype) for dtype in dtypes]
+    for group, row in itertools.product(range(0, num_groups, group_step), range(0, height, row_step)):
+        scores = [buffer[: num_groups - group, : (height - row) * width] for buffer in buffers]
+        yield slice(group, group + group_step), slice(row, row + row_step), scores
 
 
 ATTENTION_FUNCTIONS = {"eager": eager_attention, "sdpa": sdpa_attention}

@@ -117,9 +117,9 @@ class SamSplitVisionConfig(SamSplitConfigMixin, SamVisionConfig):
 
     Args:
         attention_tile_bytes: Size in bytes of one tile of attention scores in tiled `sdpa` attention, whatever the
-            batch and the image size. Inference holds one tile at a time, training two. The default None means 8 MB on
-            CPUs, so that tiles stay in the caches, and 256 MB elsewhere. It depends on the machine. So it is given on
-            load and never saved.
+            batch and the image size; a tile has at least one row of queries. Inference holds one tile at a time,
+            training two. The default None means 8 MB on CPUs, so that tiles stay in the caches, and 256 MB elsewhere.
+            It depends on the machine. So it is given on load and never saved.
 
     Raises:
         ValueError: If the settings have a wrong type, or would build a broken or silently different model.

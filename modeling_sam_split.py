@@ -90,15 +90,15 @@ class SamVisionAttentionSplit(SamVisionAttention):
 
         qkv = torch.stack([projection(hidden_states) for projection in (self.q, self.k, self.v)])
         qkv = qkv.view(3, window_rows, height, window_columns, width, self.num_attention_heads, -1)
-        qkv = qkv.permute(0, 1, 3, 5, 2, 4, 6).contiguous()  # (3, R, S, n, H, W, d)
+        qkv = qkv.permute(0, 1, 3, 5, 2, 4, 6).contiguous().flatten(1, 2)  # (3, M, n, H, W, d)
 
         tables = None
         if self.use_rel_pos:
             tables = self.get_rel_pos(height, height, self.rel_pos_h), self.get_rel_pos(width, width, self.rel_pos_w)
         attention = ATTENTION_FUNCTIONS[self.config._attn_implementation]
-        attn_output, attn_weights = attention(self, qkv, tables)  # (R, S, n, H, W, d)
+        attn_output, attn_weights = attention(self, qkv, tables)  # (M, n, H, W, d)
 
-        attn_output = attn_output.permute(0, 3, 1, 4, 2, 5)  # (R, H, S, W, n, d)
+        attn_output = attn_output.unflatten(0, (window_rows, window_columns)).permute(0, 3, 1, 4, 2, 5)
         attn_output = attn_output.reshape(batch_size, padded_rows, padded_columns, -1)
         attn_output = attn_output[:, :rows, :columns].contiguous()  # (B, rows, columns, C); a slice slows Linear down
         return self.proj(attn_output), attn_weights

@@ -81,7 +81,7 @@ def test_as_exact_as_stock_with_tf32(image, monkeypatch):
 def test_double_precision_by_tiles(image):
     stock, split = (model.double() for model in encoders())
     image = image.double()
-    assert attention_module().attention_path(image[:, :, None, None]) == "tiled"
+    assert attention_module().attention_path(image[:, :, None]) == "tiled"
     assert_same_outputs(outputs_and_gradients(split, image), outputs_and_gradients(stock, image), tolerance=1e-10)
 
 
