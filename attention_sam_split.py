@@ -111,26 +111,20 @@ def folded_attention(
     train 193 to 255 channels on all GPUs.
     """
     query, key, value = qkv
-    rel_h, rel_w = relative_positions(query, table_h, table_w)
     height, width, channels = query.shape[2:]
     num_channels = -(-(channels + height + width) // 8) * 8
     if 192 < num_channels < 256:
         num_channels = 256
-
-    rows = torch.eye(height, dtype=key.dtype, device=key.device)[:, None].expand(height, width, height)
-    columns = torch.eye(width, dtype=key.dtype, device=key.device).expand(height, width, width)
-    zeros = key.new_zeros(()).expand(height, width, num_channels)
     filling = num_channels - channels - height - width
-    onehots = torch.cat([rows, columns, zeros[..., :filling]], -1)  # (H, W, num_channels - d)
 
-    def extend(*parts: torch.Tensor) -> torch.Tensor:
-        parts = tuple(part.expand(*query.shape[:-1], part.shape[-1]) for part in parts)
-        return torch.cat(parts, -1).flatten(2, 3)  # (M, n, N, channels)
-
+    rel_h, rel_w = relative_positions(query, table_h, F.pad(table_w, (0, 0, 0, filling)))
+    rows = torch.eye(height, dtype=key.dtype, device=key.device)[:, None].expand(height, width, -1)
+    columns = torch.eye(width, width + filling, dtype=key.dtype, device=key.device).expand(height, width, -1)
+    onehots = torch.cat([rows, columns], -1).expand(*key.shape[:-1], -1)
     output = F.scaled_dot_product_attention(
-        extend(query * scale, rel_h, rel_w, zeros[..., :filling]),
-        extend(key, onehots),
-        extend(value, zeros[..., channels:]),
+        torch.cat([query * scale, rel_h, rel_w], -1).flatten(2, 3),  # (M, n, N, num_channels)
+        torch.cat([key, onehots], -1).flatten(2, 3),
+        F.pad(value, (0, num_channels - channels)).flatten(2, 3),
         dropout_p=dropout,
         scale=1.0,
     )
