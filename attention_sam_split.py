@@ -9,7 +9,6 @@ tables (H, H, d) and (W, W, d) hold the vector of relative position for each coo
 
 import itertools
 from collections.abc import Iterator
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -92,7 +91,7 @@ def relative_positions(
 def relative_position_bias(
     query: torch.Tensor, table_h: torch.Tensor, table_w: torch.Tensor, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Returns the bias (..., N, N) of `query` (..., H, W, d), or of some of its rows, given their part of `table_h`."""
+    """Returns the bias (..., N, N) of `query` (..., H, W, d), or of some of its rows, given those of `table_h`."""
     rel_h, rel_w = (rel.contiguous() for rel in relative_positions(query, table_h, table_w))
     if out is not None:
         out = out.view(*rel_h.shape, rel_w.shape[-1])
@@ -185,44 +184,37 @@ class TiledAttentionBackward(torch.autograd.Function):
     @staticmethod
     def forward(grad_output, qkv, table_h, table_w, scale, tile_bytes):
         """Returns the gradients of `qkv` and of both tables."""
-        device = qkv.device.type  # autocast's dtypes would mix with those chosen here; "meta" has none
-        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
-            return tiled_gradients(grad_output, qkv, table_h, table_w, scale, tile_bytes)
+        inputs = qkv, table_h, table_w
+        dtype = torch.promote_types(qkv.dtype, torch.float32)
+        grads = tuple(tensor.new_zeros(tensor.shape, dtype=dtype) for tensor in inputs)
+        (grad_query, grad_key, grad_value), grad_table_h, grad_table_w = grads
+        query, key, value = qkv
+        for groups, rows, (probs, scores) in tiles(query, tile_bytes, dtype, dtype):
+            tile, grad_tile = (states[groups, rows].to(dtype) for states in (query, grad_output))  # (g, h, W, d)
+            q, g = tile.flatten(1, 2), grad_tile.flatten(1, 2)  # (g, hW, d)
+            k, v = (states[groups].flatten(1, 2).to(dtype) for states in (key, value))  # (g, N, d)
+            tables = table_h[rows].to(dtype), table_w.to(dtype)
+
+            relative_position_bias(tile, *tables, out=scores)
+            torch.softmax(scores.baddbmm_(q, k.mT, alpha=scale), -1, out=probs)
+            grad_value[groups].view(v.shape).baddbmm_(probs.mT, g)
+            grad_probs = torch.bmm(g, v.mT, out=scores)
+            grad_scores = torch._softmax_backward_data(grad_probs, probs, -1, dtype, grad_input=probs)
+            grad_key[groups].view(k.shape).baddbmm_(grad_scores.mT, q, alpha=scale)
+
+            grad_bias = grad_scores.view(*tile.shape[:3], *query.shape[1:3])
+            grad_rel_h, grad_rel_w = grad_bias.sum(-1), grad_bias.sum(-2)  # (g, h, W, H) and (g, h, W, W)
+            grad_query[groups, rows] = (
+                (grad_scores @ k).mul_(scale).view(tile.shape)
+                + torch.einsum("ghwk,hkd->ghwd", grad_rel_h, tables[0])
+                + torch.einsum("ghwk,wkd->ghwd", grad_rel_w, tables[1])
+            )
+            grad_table_h[rows] += torch.einsum("ghwk,ghwd->hkd", grad_rel_h, tile)
+            grad_table_w += torch.einsum("ghwk,ghwd->wkd", grad_rel_w, tile)
+        return tuple(grad.to(tensor.dtype) for grad, tensor in zip(grads, inputs, strict=True))
 
     setup_context = staticmethod(lambda ctx, inputs, output: None)
     backward = vmap = TiledAttention.vmap
-
-
-def tiled_gradients(grad_output, qkv, table_h, table_w, scale, tile_bytes) -> tuple[torch.Tensor, ...]:
-    """Returns the gradients of `qkv` and of both tables, without regard to autocast."""
-    inputs = qkv, table_h, table_w
-    dtype = torch.promote_types(qkv.dtype, torch.float32)
-    grads = tuple(tensor.new_zeros(tensor.shape, dtype=dtype) for tensor in inputs)
-    (grad_query, grad_key, grad_value), grad_table_h, grad_table_w = grads
-    query, key, value = qkv
-    for groups, rows, (probs, scores) in tiles(query, tile_bytes, dtype, dtype):
-        tile, grad_tile = (states[groups, rows].to(dtype) for states in (query, grad_output))  # (g, h, W, d)
-        q, g = tile.flatten(1, 2), grad_tile.flatten(1, 2)  # (g, hW, d)
-        k, v = (states[groups].flatten(1, 2).to(dtype) for states in (key, value))  # (g, N, d)
-        tables = table_h[rows].to(dtype), table_w.to(dtype)
-
-        relative_position_bias(tile, *tables, out=scores)
-        torch.softmax(scores.baddbmm_(q, k.mT, alpha=scale), -1, out=probs)
-        grad_value[groups].view(v.shape).baddbmm_(probs.mT, g)
-        grad_probs = torch.bmm(g, v.mT, out=scores)
-        grad_scores = torch._softmax_backward_data(grad_probs, probs, -1, dtype, grad_input=probs)
-        grad_key[groups].view(k.shape).baddbmm_(grad_scores.mT, q, alpha=scale)
-
-        grad_bias = grad_scores.view(*tile.shape[:3], *query.shape[1:3])
-        grad_rel_h, grad_rel_w = grad_bias.sum(-1), grad_bias.sum(-2)  # (g, h, W, H) and (g, h, W, W)
-        grad_query[groups, rows] = (
-            (grad_scores @ k).mul_(scale).view(tile.shape)
-            + torch.einsum("ghwk,hkd->ghwd", grad_rel_h, tables[0])
-            + torch.einsum("ghwk,wkd->ghwd", grad_rel_w, tables[1])
-        )
-        grad_table_h[rows] += torch.einsum("ghwk,ghwd->hkd", grad_rel_h, tile)
-        grad_table_w += torch.einsum("ghwk,ghwd->wkd", grad_rel_w, tile)
-    return tuple(grad.to(tensor.dtype) for grad, tensor in zip(grads, inputs, strict=True))
 
 
 def tiles(query: torch.Tensor, tile_bytes: int, *dtypes: torch.dtype) -> Iterator[tuple[slice, slice, list]]:
