@@ -127,6 +127,7 @@ class SamSplitVisionConfig(SamSplitConfigMixin, SamVisionConfig):
 
     model_type = "sam_split_vision_model"
     _stock_class = SamVisionConfig
+    _interpolate_pos_encoding = False  # set by `image_size`, until a checkpoint is loaded
 
     def __init__(self, attention_tile_bytes: int | None = None, **kwargs):
         kwargs.pop("model_type", None)  # a stock config names its own type

@@ -1,4 +1,8 @@
-"""Conversion between SAM's fused `qkv` and separate `q`, `k`, `v`, and the steps that `from_pretrained` runs."""
+"""Conversion between SAM's fused `qkv` and separate `q`, `k`, `v`, and of position tables to another image size.
+
+`from_pretrained`, also that of a model which contains ours, splits by the mapping that is registered below;
+`load_state_dict` and `save_pretrained` split by `split_state_dict`.
+"""
 
 import itertools
 import re
@@ -9,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.core_model_loading import Chunk, ConversionOps, WeightConverter
 
 from .configuration_sam_split import SamSplitConfig, SamSplitVisionConfig
 
@@ -17,19 +21,37 @@ from .configuration_sam_split import SamSplitConfig, SamSplitVisionConfig
 PROJECTIONS = ("q", "k", "v")
 
 
-def split_q_k_v(fused: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Splits a fused weight (3C, C) or bias (3C,) into those of `q`, `k` and `v`, each (C, C) or (C,), by copy.
+def split_q_k_v(key: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Splits `….qkv.weight` (3C, C) or `….qkv.bias` (3C,) into copies for `q`, `k` and `v`; leaves what is neither.
 
     Raises:
         ValueError: If the first dimension is not a multiple of three.
     """
-    if fused.ndim == 0 or fused.shape[0] % 3:
-        raise ValueError(f"A fused qkv has 3 * hidden_size rows, but this one has shape {tuple(fused.shape)}.")
-    # Copies, because views of one storage cannot be saved or freed apart.
-    return {name: part.clone() for name, part in zip(PROJECTIONS, fused.chunk(3), strict=True)}
+    layer, fused, kind = key.rpartition("qkv.")
+    if not fused or kind not in ("weight", "bias"):
+        return {key: tensor}
+    if tensor.ndim == 0 or tensor.shape[0] % 3:
+        raise ValueError(f"A fused qkv has 3 * hidden_size rows, but {key} has shape {tuple(tensor.shape)}.")
+    # Copies, because many tools, accelerate's save_model among them, take views of one storage for one tensor.
+    return {f"{layer}{name}.{kind}": part.clone() for name, part in zip(PROJECTIONS, tensor.chunk(3), strict=True)}
 
 
-def split_state_dict(
+def split_state_dict(*state_dicts: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], set[str]]:
+    """Merges state dicts, and splits all that is fused.
+
+    Returns:
+        The tensors by name, and the names that came twice: from two state dicts, or fused and separate.
+    """
+    entries: dict[str, torch.Tensor] = {}
+    twice: set[str] = set()
+    for key, tensor in itertools.chain.from_iterable(state_dict.items() for state_dict in state_dicts):
+        parts = split_q_k_v(key, tensor)
+        twice |= parts.keys() & entries.keys()
+        entries |= parts
+    return entries, twice
+
+
+def split_layer(
     state_dict: Mapping[str, torch.Tensor], expected: Collection[str]
 ) -> tuple[dict[str, torch.Tensor], list[str]]:
     """Splits the fused weights in the state dict of one attention layer.
@@ -43,7 +65,6 @@ def split_state_dict(
     | a fused tensor and one of its parts | | one of them would be lost |
     | some of them, fused or split | | the others would keep their old values |
     | a tensor that is not expected, such as `q.weight` of an adapted `q`, or a fused adapter | | it would be lost |
-    | a fused tensor whose rows are not a multiple of three | | it cannot be split |
 
     Args:
         state_dict: Tensors by name within the layer, such as `qkv.weight`.
@@ -51,20 +72,14 @@ def split_state_dict(
 
     Returns:
         The state dict without fused tensors, and the problems, one sentence each.
-    """
-    entries, problems = dict(state_dict), []
-    for kind in ("weight", "bias"):
-        if f"qkv.{kind}" not in state_dict:
-            continue
-        if both := sorted({f"{name}.{kind}" for name in PROJECTIONS} & state_dict.keys()):
-            problems.append(f"It holds qkv.{kind} and also {', '.join(both)}: remove one of them.")
-        try:
-            parts = split_q_k_v(entries.pop(f"qkv.{kind}"))
-        except ValueError as error:
-            problems.append(f"qkv.{kind} cannot be split. {error}")
-            continue
-        entries |= {f"{name}.{kind}": part for name, part in parts.items()}
 
+    Raises:
+        ValueError: If a fused tensor cannot be split in three.
+    """
+    entries, twice = split_state_dict(state_dict)
+    problems = []
+    if twice:
+        problems.append(f"It holds {', '.join(sorted(twice))} twice, fused and separate: remove one of them.")
     names = {f"{name}.{kind}" for name in PROJECTIONS for kind in ("weight", "bias")}
     own, present = names & set(expected), names & entries.keys()
     if unexpected := sorted(present - own) + [key for key in entries if key.startswith("qkv.")]:
@@ -79,18 +94,8 @@ def split_state_dict(
     return entries, problems
 
 
-def split_fused(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Splits every `….attn.qkv.…` of a whole model into `….attn.q.…`, `….attn.k.…` and `….attn.v.…`."""
-    split: dict[str, torch.Tensor] = {}
-    for key, tensor in state_dict.items():
-        layer, fused, kind = key.rpartition(".attn.qkv.")
-        parts = split_q_k_v(tensor) if fused else {}
-        split |= {f"{layer}.attn.{name}.{kind}": part for name, part in parts.items()} or {key: tensor}
-    return split
-
-
 def fuse_split(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The inverse of `split_fused`.
+    """The inverse of `split_state_dict`, for a whole model.
 
     Raises:
         KeyError: If a layer lacks some of the three.
@@ -113,10 +118,7 @@ def not_ignored(keys: Iterable[str], patterns: Iterable[str] | None) -> set[str]
 
 
 def check_loaded(
-    model: PreTrainedModel,
-    loading_info: Any,
-    ignore_mismatched_sizes: bool,
-    state_dicts: Iterable[Mapping[str, torch.Tensor]],
+    model: PreTrainedModel, loading_info: Any, ignore_mismatched_sizes: bool, twice: Collection[str]
 ) -> None:
     """Checks that each weight of the model has the checkpoint's value, but those that its class ignores on load.
 
@@ -125,7 +127,7 @@ def check_loaded(
         loading_info: The report of transformers' loader.
         ignore_mismatched_sizes: Whether the caller asked for new weights where shapes differ. It does not apply to
             vision attention.
-        state_dicts: The tensors of each file of the checkpoint.
+        twice: The names that the checkpoint has two tensors for.
 
     Raises:
         ValueError: If weights are missing, have another shape, appear twice, or are unexpected in vision attention.
@@ -138,10 +140,6 @@ def check_loaded(
             missing -= set(pair)
     if ignore_mismatched_sizes:
         mismatched = {entry for entry in mismatched if ".attn." in entry[0]}
-    keys = sorted(itertools.chain.from_iterable(state_dicts))
-    layers: dict[str, set[str]] = {"qkv": set(), "q": set(), "k": set(), "v": set()}
-    for match in filter(None, map(re.compile(r"(.*\.attn)\.(qkv|[qkv])\.").match, keys)):
-        layers[match[2]].add(match[1])
     problems = {
         "missing: ": missing,
         "not in the model: ": {key for key in unexpected if ".attn." in key},
@@ -149,8 +147,7 @@ def check_loaded(
             f"{key} {tuple(theirs)}, in the model {tuple(ours)}" for key, theirs, ours in mismatched
         },
         "not to be split in three: ": loading_info.conversion_errors.keys(),
-        "in two files: ": {key for key, following in itertools.pairwise(keys) if key == following},
-        "both a fused qkv and separate q, k, v for ": layers["qkv"] & (layers["q"] | layers["k"] | layers["v"]),
+        "there twice, in two files, or both fused and separate: ": twice,
     }
     if not any(problems.values()):
         return
@@ -169,61 +166,40 @@ def check_loaded(
     raise ValueError(f"This checkpoint does not fit {type(model).__name__}. Weights {text}. {advice}")
 
 
-class SplitQKV(ConversionOps):
-    """`split_q_k_v` as a step of `from_pretrained`."""
+def interpolate_positions(
+    state_dict: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Returns the tables of absolute (1, H, W, C) and relative positions (L, d), in the shapes that are expected.
 
-    def convert(
-        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs
-    ) -> dict[str, torch.Tensor]:
+    Bicubic, as `interpolate_pos_encoding` of transformers' ViT, and linear, as `SamVisionAttention.get_rel_pos`.
+    """
+    tables = {}
+    for key in state_dict.keys() & expected.keys():
+        table, shape = state_dict[key], expected[key].shape
+        if table.shape == shape:
+            continue
+        if key.endswith("pos_embed"):
+            table = F.interpolate(table.permute(0, 3, 1, 2).float(), shape[1:3], mode="bicubic").permute(0, 2, 3, 1)
+        elif key.endswith(("rel_pos_h", "rel_pos_w")):
+            table = F.interpolate(table.T[None].float(), shape[:1], mode="linear")[0].T
+        tables[key] = table.to(state_dict[key].dtype).contiguous()
+    return tables
+
+
+class SplitQKV(Chunk):
+    """`Chunk` into copies, see `split_q_k_v`."""
+
+    def convert(self, *args, **kwargs) -> dict[str, torch.Tensor]:
         """Returns one tensor per target pattern."""
-        ((fused,),) = input_dict.values()
-        return dict(zip(target_patterns, split_q_k_v(fused).values(), strict=True))
+        return {name: part.clone() for name, part in super().convert(*args, **kwargs).items()}
 
     @property
     def reverse_op(self) -> ConversionOps:
-        """There is none, because checkpoints are always saved split."""
+        """There is none: transformers would take `.attn.q.` for a pattern, which fits the mask decoder's names, too."""
         raise NotImplementedError(
             "Split checkpoints are saved split: save what contains such a model with save_original_format=False, or "
             "use to_sam() for a stock, fused checkpoint."
         )
-
-
-def interpolate_positions(table: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """Returns a table of absolute (1, H, W, C) or relative positions (L, d) in another shape of this kind.
-
-    Bicubic, as `interpolate_pos_encoding` of transformers' ViT, and linear, as `SamVisionAttention.get_rel_pos`.
-    """
-    if table.shape == shape:
-        return table
-    channels_first, mode = (table.permute(0, 3, 1, 2), "bicubic") if table.ndim == 4 else (table.T[None], "linear")
-    size = shape[1:3] if table.ndim == 4 else shape[:1]
-    resized = F.interpolate(channels_first.float(), size, mode=mode, align_corners=False).to(table.dtype)
-    return resized.permute(0, 2, 3, 1).contiguous() if table.ndim == 4 else resized[0].T.contiguous()
-
-
-class InterpolatePositions(ConversionOps):
-    """`interpolate_positions` as a step of `from_pretrained`, where it was given an image size."""
-
-    def convert(
-        self,
-        input_dict: dict[str, Any],
-        source_patterns: list[str],
-        target_patterns: list[str],
-        full_layer_name: str = "",
-        model: Any = None,
-        **kwargs,
-    ) -> dict[str, torch.Tensor]:
-        """Returns the table, in the shape that the model has for it."""
-        ((table,),) = input_dict.values()
-        config = getattr(model.config, "vision_config", model.config)
-        if getattr(config, "_interpolate_pos_encoding", False):
-            table = interpolate_positions(table, model.get_parameter(full_layer_name).shape)
-        return {target_patterns[0]: table}
-
-    @property
-    def reverse_op(self) -> ConversionOps:
-        """None is needed: tables are saved as they are."""
-        return self
 
 
 # transformers < 5.12: bitsandbytes would quantize the first result only.
@@ -255,17 +231,7 @@ class QuantizeEach(ConversionOps):
 for _model_type in (SamSplitConfig.model_type, SamSplitVisionConfig.model_type):
     register_checkpoint_conversion_mapping(
         _model_type,
-        [
-            SplitQKVConverter(
-                # ".attn." is the vision encoder's alone; the mask decoder has "self_attn." and "cross_attn_..."
-                source_patterns=r"\.attn\.qkv\.",
-                target_patterns=[f".attn.{name}." for name in PROJECTIONS],
-                operations=[SplitQKV()],
-            ),
-            *(
-                WeightConverter(rf"\.{name}$", f".{name}", operations=[InterpolatePositions()])
-                for name in ("pos_embed", "rel_pos_h", "rel_pos_w")
-            ),
-        ],
+        # ".attn." is the vision encoder's alone; the mask decoder has "self_attn." and "cross_attn_..."
+        [SplitQKVConverter(r"\.attn\.qkv\.", [f".attn.{name}." for name in PROJECTIONS], operations=[SplitQKV()])],
         overwrite=True,
     )

@@ -28,7 +28,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, loggi
 
 from .attention_sam_split import ATTENTION_FUNCTIONS
 from .configuration_sam_split import SamSplitConfig, SamSplitVisionConfig
-from .conversion_sam_split import check_loaded, fuse_split, split_fused, split_state_dict
+from .conversion_sam_split import check_loaded, fuse_split, interpolate_positions, split_layer, split_state_dict
 
 
 logger = logging.get_logger(__name__)
@@ -66,12 +66,12 @@ class SamVisionAttentionSplit(SamVisionAttention):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Splits the fused `qkv` in a state dict given to `load_state_dict`, see `split_state_dict`.
+        """Splits the fused `qkv` in a state dict given to `load_state_dict`, see `split_layer`.
 
         Problems go to `error_msgs`, on which `load_state_dict` raises even with `strict=False`.
         """
         own = {key.removeprefix(prefix): state_dict.pop(key) for key in list(state_dict) if key.startswith(prefix)}
-        entries, problems = split_state_dict(own, module.state_dict().keys())
+        entries, problems = split_layer(own, module.state_dict().keys())
         state_dict.update({prefix + name: tensor for name, tensor in entries.items()})
         error_msgs.extend(
             f"The state dict for {prefix.removesuffix('.') or 'attn'}: {problem}" for problem in problems
@@ -163,13 +163,18 @@ class SamSplitPreTrainedModel(SamPreTrainedModel):
         Raises:
             ValueError: If weights are missing, have another shape, or appear twice.
         """
+        files = checkpoint_files or ()
+        config = getattr(model.config, "vision_config", model.config)
+        if config._interpolate_pos_encoding:
+            state_dict = state_dict or {key: value for file in files for key, value in load_state_dict(file).items()}
+            state_dict = state_dict | interpolate_positions(state_dict, model.state_dict())
+            checkpoint_files = None  # from which weights that are offloaded to disk would be read
         output = super()._load_pretrained_model(model, state_dict, checkpoint_files, load_config, **kwargs)
         if not model._hf_peft_config_loaded:  # otherwise this loads an adapter
             loading_info = output[0] if isinstance(output, tuple) else output  # transformers < 5.1 returns no tuple
-            files = [load_state_dict(file, map_location="meta") for file in checkpoint_files or ()]
-            check_loaded(model, loading_info, load_config.ignore_mismatched_sizes, files or [state_dict])
-            # It was asked for this checkpoint, and not for the next one that is loaded with this configuration.
-            getattr(model.config, "vision_config", model.config)._interpolate_pos_encoding = False
+            state_dicts = [load_state_dict(file, map_location="meta") for file in files] or [state_dict]
+            check_loaded(model, loading_info, load_config.ignore_mismatched_sizes, split_state_dict(*state_dicts)[1])
+            config._interpolate_pos_encoding = False  # it was asked for this checkpoint, and not for the next one
         return output
 
     def load_adapter(self, peft_model_id=None, adapter_name=None, *args, **kwargs):
@@ -193,7 +198,7 @@ class SamSplitPreTrainedModel(SamPreTrainedModel):
         """As in `PreTrainedModel`, but always in the split layout, and with the code that loads it."""
         self.config.auto_map = dict(self._auto_map)
         kwargs["save_original_format"] = False
-        state_dict = state_dict and split_fused(state_dict)
+        state_dict = state_dict and split_state_dict(state_dict)[0]
         super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
         single, index = Path(save_directory, SAFE_WEIGHTS_NAME), Path(save_directory, SAFE_WEIGHTS_INDEX_NAME)
         if single.exists() and index.exists() and single.stat().st_mtime_ns < index.stat().st_mtime_ns:
@@ -213,7 +218,7 @@ class SamSplitPreTrainedModel(SamPreTrainedModel):
             raise ValueError("Some weights are offloaded: load the model without device_map, then call to_sam().")
         with torch.device("meta"):
             model = self._stock_class(self.config.to_sam())
-        if foreign := sorted(state_dict.keys() ^ split_fused(model.state_dict()).keys()):
+        if foreign := sorted(state_dict.keys() ^ split_state_dict(model.state_dict())[0].keys()):
             raise ValueError(
                 "Adapters are still in place. Merge them with merge_and_unload(), or drop them with unload(), then "
                 f"call to_sam() on the model that this returns. A plain SAM differs in: {', '.join(foreign)}."

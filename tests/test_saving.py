@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import NEEDS_ADD_ADAPTER, assert_holds_weights_of, assert_same_outputs, run_python, stock_model
 from peft import LoraConfig
 from safetensors import safe_open
@@ -71,6 +72,14 @@ def test_saved_layout(model, max_shard_size, options, tmp_path, logged):
         for name, tensor in model.state_dict().items():
             assert torch.equal(reloaded.state_dict()[name], tensor), name
     assert logged == []
+
+
+def test_accelerate_saves_all_weights(model, tmp_path):
+    """It leaves out tensors that share memory with others."""
+    Accelerator(cpu=True).save_model(model, tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert saved.keys() == model.state_dict().keys() - {TIED}
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in saved.items())
 
 
 def test_vision_model(stock_dir, tmp_path, inputs, logged):
