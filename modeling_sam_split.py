@@ -11,7 +11,6 @@ Shapes: B images of rows x columns tokens with C channels. `attention_sam_split.
 """
 
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -56,26 +55,16 @@ class SamVisionAttentionSplit(SamVisionAttention):
         self.register_load_state_dict_pre_hook(self.split_q_k_v_load_hook)
 
     @staticmethod
-    def split_q_k_v_load_hook(
-        module: "SamVisionAttentionSplit",
-        state_dict: dict[str, torch.Tensor],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def split_q_k_v_load_hook(module, state_dict, prefix, *args):
         """Splits the fused `qkv` in a state dict given to `load_state_dict`, see `split_layer`.
 
         Problems go to `error_msgs`, on which `load_state_dict` raises even with `strict=False`.
         """
+        *_, error_msgs = args
         own = {key.removeprefix(prefix): state_dict.pop(key) for key in list(state_dict) if key.startswith(prefix)}
         entries, problems = split_layer(own, module.state_dict().keys())
         state_dict.update({prefix + name: tensor for name, tensor in entries.items()})
-        error_msgs.extend(
-            f"The state dict for {prefix.removesuffix('.') or 'attn'}: {problem}" for problem in problems
-        )
+        error_msgs.extend(f"{prefix.removesuffix('.') or 'attn'}: {problem}" for problem in problems)
 
     def forward(
         self, hidden_states: torch.Tensor, output_attentions: bool | None = None
