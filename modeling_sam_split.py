@@ -128,6 +128,7 @@ class SamVisionLayerSplit(SamVisionLayer):
 class SamSplitPreTrainedModel(SamPreTrainedModel):
     """Loading, saving and the way back to stock SAM, shared by all models here."""
 
+    _jit_override_qualname = "__torch__.sam_split.SamSplitPreTrainedModel"
     _no_split_modules = ["SamVisionLayerSplit"]
     _auto_map: dict[str, str]
     _stock_class: type[PreTrainedModel]
@@ -222,8 +223,6 @@ class SamSplitPreTrainedModel(SamPreTrainedModel):
 class SamVisionEncoderSplit(SamSplitPreTrainedModel, SamVisionEncoder):
     """A `SamVisionEncoder` of `SamVisionLayerSplit`s."""
 
-    _jit_override_qualname = "__torch__.sam_split.SamVisionEncoderSplit"
-
     def __init__(self, config: SamVisionConfig):
         super().__init__(config)
         self.layers = nn.ModuleList(SamVisionLayerSplit(config, layer.window_size) for layer in self.layers)
@@ -233,7 +232,6 @@ class SamVisionEncoderSplit(SamSplitPreTrainedModel, SamVisionEncoder):
 class SamSplitVisionModel(SamSplitPreTrainedModel, SamVisionModel):
     """The vision encoder of SAM, as `SamVisionModel`, with separate `q`, `k` and `v` projections."""
 
-    _jit_override_qualname = "__torch__.sam_split.SamSplitVisionModel"
     config: SamSplitVisionConfig
     _stock_class = SamVisionModel
     _auto_map = {
@@ -251,7 +249,6 @@ class SamSplitVisionModel(SamSplitPreTrainedModel, SamVisionModel):
 class SamSplitModel(SamSplitPreTrainedModel, SamModel):
     """Segment Anything, as `SamModel`, with separate `q`, `k` and `v` projections in the vision encoder."""
 
-    _jit_override_qualname = "__torch__.sam_split.SamSplitModel"
     config: SamSplitConfig
     _stock_class = SamModel
     _auto_map = {
