@@ -20,7 +20,6 @@ require_version(
 require_version("torch>=2.7", "Attention asks torch.compiler.is_exporting(): pip install -U torch")
 
 SAM_SPLIT_VERSION = "0.2.0"  # of this code, see CHANGELOG.md
-ATTENTION_IMPLEMENTATIONS = ("eager", "sdpa")
 ONLY_ON_LOAD = ("_attention_tile_bytes", "_interpolate_pos_encoding")  # settings that are never saved
 POSITIVE = ("hidden_size", "num_attention_heads", "image_size", "patch_size")
 TYPES = {bool: (bool,), int: (int,), float: (float, int), str: (str,), list: (list, tuple), tuple: (list, tuple)}
@@ -150,7 +149,6 @@ class SamSplitVisionConfig(SamSplitConfigMixin, SamVisionConfig):
                 f"global_attn_indexes={list(self.global_attn_indexes)} names layers {beyond}, but there are only "
                 f"layers 0 to {self.num_hidden_layers - 1}: the model would have fewer global layers than asked for."
             )
-        check_attention_implementation(self._attn_implementation)
 
     @property
     def attention_tile_bytes(self) -> int | None:
@@ -190,7 +188,6 @@ class SamSplitConfig(SamSplitConfigMixin, SamConfig):
         super().__init__(vision_config=vision_config, **kwargs)
         given = vision_config if isinstance(vision_config, PreTrainedConfig) else self.vision_config
         self.vision_config = SamSplitVisionConfig.from_sam(given)
-        check_attention_implementation(self._attn_implementation)
 
     @property
     def attention_tile_bytes(self) -> int | None:
@@ -235,19 +232,6 @@ def check_types(settings: Any, stock_class: type[PreTrainedConfig]) -> None:
             raise ValueError(f"{name}={value!r:.40} should be {'a list ' if list in types else ''}{expected}.")
         if type(value) in (int, float) and value < (1 if name in POSITIVE else 0):
             raise ValueError(f"{name}={value!r} is too small.")
-
-
-def check_attention_implementation(implementation: str | None) -> None:
-    """Checks that the vision encoder has this implementation; None means the default.
-
-    Raises:
-        ValueError: If it does not.
-    """
-    if implementation not in (None, *ATTENTION_IMPLEMENTATIONS):
-        raise ValueError(
-            f"attn_implementation={implementation!r} is not supported: choose one of "
-            f"{', '.join(map(repr, ATTENTION_IMPLEMENTATIONS))}."
-        )
 
 
 def _with_split_types(config_dict: dict[str, Any]) -> dict[str, Any]:

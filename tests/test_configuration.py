@@ -75,25 +75,20 @@ def test_broken_settings_raise(vision, message, config_class, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("implementation", "transformers_message"),
+    ("implementation", "message"),
     [
-        ("flash_attention_2", "SamSplitModel does not support Flash Attention 2"),
-        (
-            "flex_attention",
-            "does not support an attention implementation through torch's flex_attention",
-        ),
+        ("flash_attention_2", "does not support Flash Attention 2"),
+        ("flex_attention", "does not support an attention implementation through torch's flex_attention"),
         ("nonsense", 'Specified `attn_implementation="nonsense"` is not supported'),
     ],
 )
-def test_unknown_attention_raises(implementation, transformers_message, config_class, load):
-    message = f"attn_implementation='{implementation}' is not supported: choose one of 'eager', 'sdpa'"
+@pytest.mark.parametrize("part", ["", "vision_config"])
+def test_unknown_attention_raises(implementation, message, part, load):
     with pytest.raises(ValueError, match=message):
-        config_class(attn_implementation=implementation)
-    with pytest.raises(ValueError, match=message):
-        load(attn_implementation=implementation)
+        load(attn_implementation={part: implementation})
     model = load()
-    with pytest.raises(ValueError, match=transformers_message):
-        model.set_attn_implementation(implementation)
+    with pytest.raises(ValueError, match=message):
+        model.set_attn_implementation({part: implementation})
     assert model.config.vision_config._attn_implementation == "sdpa"
 
 
