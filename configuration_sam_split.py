@@ -1,5 +1,6 @@
 """Configuration of SAM with separate query, key and value projections in its vision encoder."""
 
+import copy
 import os
 import shutil
 import tempfile
@@ -69,17 +70,14 @@ class SamSplitConfigMixin:
 
         `from_pretrained` then interpolates the checkpoint's position tables, instead of refusing them.
         """
-        if image_size is None:
-            return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
-        loaded = super().from_dict(cls._with_image_size(config_dict, image_size), **kwargs)  # type: ignore[misc]
-        config = loaded[0] if isinstance(loaded, tuple) else loaded  # with return_unused_kwargs
-        vision_config: Any = getattr(config, "vision_config", config)
-        vision_config._interpolate_pos_encoding = True
-        return loaded
-
-    @staticmethod
-    def _with_image_size(config_dict: dict[str, Any], image_size: int) -> dict[str, Any]:
-        return {**config_dict, "image_size": image_size}
+        if image_size is not None:
+            config_dict = copy.deepcopy(config_dict)
+            parts = [part for part in cls.sub_configs if part != "mask_decoder_config"]  # type: ignore[attr-defined]
+            for settings in [config_dict.setdefault(part, {}) for part in parts] or [config_dict]:
+                settings["image_size"] = image_size
+                settings.pop("image_embedding_size", None)  # which the constructor derives
+            config_dict.get("vision_config", config_dict)["_interpolate_pos_encoding"] = True
+        return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str) -> dict[str, Any]:
@@ -197,12 +195,6 @@ class SamSplitConfig(SamSplitConfigMixin, SamConfig):
     @attention_tile_bytes.setter
     def attention_tile_bytes(self, value: int | None) -> None:
         self.vision_config.attention_tile_bytes = value
-
-    @staticmethod
-    def _with_image_size(config_dict: dict[str, Any], image_size: int) -> dict[str, Any]:
-        parts = {part: {**config_dict.get(part, {})} for part in ("vision_config", "prompt_encoder_config")}
-        parts["prompt_encoder_config"].pop("image_embedding_size", None)  # which the constructor derives
-        return {**config_dict, **{part: {**settings, "image_size": image_size} for part, settings in parts.items()}}
 
 
 @contextmanager
