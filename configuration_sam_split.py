@@ -2,10 +2,7 @@
 
 import copy
 import os
-import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -99,14 +96,12 @@ class SamSplitConfigMixin:
         self.auto_map = {name: path.split("--")[-1] for name, path in auto_map.items()}  # not in the repo it came from
         os.makedirs(save_directory, exist_ok=True)
         for file in Path(__file__).parent.glob("*_sam_split.py"):
-            with written_whole(Path(save_directory, file.name)) as copy:
-                shutil.copyfile(file, copy)
+            write_whole(Path(save_directory, file.name), file.read_bytes())
         return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 
-    def to_json_file(self, json_file_path: str | os.PathLike, *args, **kwargs) -> None:
+    def to_json_file(self, json_file_path: str | os.PathLike, use_diff: bool = True) -> None:
         """As in `PreTrainedConfig`."""
-        with written_whole(Path(json_file_path)) as file:
-            super().to_json_file(file, *args, **kwargs)  # type: ignore[misc]
+        write_whole(Path(json_file_path), self.to_json_string(use_diff).encode())  # type: ignore[attr-defined]
 
 
 class SamSplitVisionConfig(SamSplitConfigMixin, SamVisionConfig):
@@ -197,12 +192,12 @@ class SamSplitConfig(SamSplitConfigMixin, SamConfig):
         self.vision_config.attention_tile_bytes = value
 
 
-@contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """Yields a temporary file that then replaces `path` in one step, so that a killed process leaves no half file."""
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file and then puts it in place in one step, so that a killed process leaves no half of it."""
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
-        yield Path(folder, path.name)
-        Path(folder, path.name).replace(path)
+        file = Path(folder, path.name)
+        file.write_bytes(content)
+        file.replace(path)
 
 
 def check_types(settings: Any, stock_class: type[PreTrainedConfig]) -> None:
