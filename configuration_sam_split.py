@@ -213,10 +213,9 @@ def check_types(settings: Any, stock_class: type[PreTrainedConfig]) -> None:
         if type(default) not in TYPES or (name == "mlp_dim" and value is None):
             continue
         types = TYPES[type(default)]
-        items = value if type(value) in (list, tuple) and list in types else []
-        if type(value) not in types or any(type(item) is not int for item in items):
-            expected = "of int" if list in types else f"of type {types[0].__name__}"
-            raise ValueError(f"{name}={value!r:.40} should be {'a list ' if list in types else ''}{expected}.")
+        if type(value) not in types or (list in types and any(type(item) is not int for item in value)):
+            expected = "a list of int" if list in types else f"of type {types[0].__name__}"
+            raise ValueError(f"{name}={value!r:.40} should be {expected}.")
         if type(value) in (int, float) and value < (1 if name in POSITIVE else 0):
             raise ValueError(f"{name}={value!r} is too small.")
 
