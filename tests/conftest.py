@@ -104,8 +104,8 @@ def seed() -> None:
 
 
 @pytest.fixture
-def logged() -> Iterator[list[str]]:
-    """The warnings and errors that transformers logs during the test."""
+def logged(processor: SamProcessor) -> Iterator[list[str]]:
+    """The warnings and errors that transformers logs during the test, less those of the first image processor."""
     messages: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
