@@ -22,14 +22,19 @@ PROJECTIONS = ("q", "k", "v")
 
 
 def split_q_k_v(key: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Splits `….qkv.weight` (3C, C) or `….qkv.bias` (3C,) into copies for `q`, `k` and `v`; leaves what is neither.
+    """Splits `qkv.weight` (3C, C) or `qkv.bias` (3C,) into copies for `q`, `k` and `v`, and leaves all else as it is.
+
+    Args:
+        key: Name of the tensor within the attention layer, or within a model, where the layer is called `attn`.
+        tensor: The tensor.
 
     Raises:
         ValueError: If the first dimension is not a multiple of three.
     """
-    layer, fused, kind = key.rpartition("qkv.")
-    if not fused or kind not in ("weight", "bias"):
+    fused = re.fullmatch(r"(|.*\.attn\.)qkv\.(weight|bias)", key)
+    if not fused:
         return {key: tensor}
+    layer, kind = fused.groups()
     if tensor.ndim == 0 or tensor.shape[0] % 3:
         raise ValueError(f"A fused qkv has 3 * hidden_size rows, but {key} has shape {tuple(tensor.shape)}.")
     # Copies, because many tools, accelerate's save_model among them, take views of one storage for one tensor.

@@ -234,6 +234,13 @@ def test_fused_state_dict_is_saved_split(load, stock, tmp_path):
     assert_holds_weights_of(load(tmp_path), stock)
 
 
+def test_names_of_a_subclass_are_kept(load, tmp_path):
+    """A `qkv` outside of the vision attention is not ours to split."""
+    state_dict = {**load().state_dict(), "head.qkv.weight": torch.ones(3, 1), "head.my_qkv.weight": torch.ones(3, 1)}
+    load().save_pretrained(tmp_path, state_dict=state_dict)
+    assert {"head.qkv.weight", "head.my_qkv.weight"} <= load_file(tmp_path / "model.safetensors").keys()
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork, to kill many savers at little cost")
 def test_killed_while_saving(load, tmp_path):
