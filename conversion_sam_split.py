@@ -200,7 +200,7 @@ class SplitQKV(Chunk):
 
     @property
     def reverse_op(self) -> ConversionOps:
-        """There is none: transformers would take `.attn.q.` for a pattern, which fits the mask decoder's names, too."""
+        """There is none: `.attn.q.` would become a pattern, which fits names of the mask decoder, too."""
         raise NotImplementedError(
             "Split checkpoints are saved split: save what contains such a model with save_original_format=False, or "
             "use to_sam() for a stock, fused checkpoint."
