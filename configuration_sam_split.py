@@ -69,11 +69,13 @@ class SamSplitConfigMixin:
         """
         if image_size is not None:
             config_dict = copy.deepcopy(config_dict)
-            parts = [part for part in cls.sub_configs if part != "mask_decoder_config"]  # type: ignore[attr-defined]
-            for settings in [config_dict.setdefault(part, {}) for part in parts] or [config_dict]:
-                settings["image_size"] = image_size
-                settings.pop("image_embedding_size", None)  # which the constructor derives
-            config_dict.get("vision_config", config_dict)["_interpolate_pos_encoding"] = True
+            is_whole = "vision_config" in cls.sub_configs  # type: ignore[attr-defined]
+            vision_config = config_dict.setdefault("vision_config", {}) if is_whole else config_dict
+            vision_config.update(image_size=image_size, _interpolate_pos_encoding=True)
+            if is_whole:
+                prompt_encoder_config = config_dict.setdefault("prompt_encoder_config", {})
+                prompt_encoder_config["image_size"] = image_size
+                prompt_encoder_config.pop("image_embedding_size", None)  # which the constructor derives
         return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
 
     @classmethod

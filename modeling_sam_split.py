@@ -130,7 +130,6 @@ class SamSplitPreTrainedModel(SamPreTrainedModel):
 
     _jit_override_qualname = "__torch__.sam_split.SamSplitPreTrainedModel"
     _no_split_modules = ["SamVisionLayerSplit"]
-    register_for_auto_class = SamSplitConfig.register_for_auto_class  # nothing: the configuration saves all code
     _auto_map: dict[str, str]
     _stock_class: type[PreTrainedModel]
 
@@ -142,6 +141,10 @@ class SamSplitPreTrainedModel(SamPreTrainedModel):
             self.config.gradient_checkpointing = True
         self._no_split_modules = type(self)._no_split_modules
         self.post_init()
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Does nothing: the configuration is saved with all of the code."""
 
     @classmethod
     def _load_pretrained_model(cls, model, state_dict, checkpoint_files, load_config, **kwargs):
