@@ -27,8 +27,10 @@ test-all: quality
 	$(MAKE) --jobs=3 $(ROWS:%=.venv/%/installed)
 	$(MAKE) $(ROWS:%=test-%)
 
-# The page and the notebook have the same packages of their own in every row.
-test-floor: PYTEST += --ignore=tests/test_app_page.py --ignore=tests/test_notebook.py
+# The page, the notebook, and what reads images and labels have the same packages of their own in every row.
+SAME_IN_FLOOR := app_page notebook spaces check coco data errors folders images labels layouts pairs refusals \
+	result_pictures same_data samples
+test-floor: PYTEST += $(SAME_IN_FLOOR:%=--ignore=tests/test_%.py)
 test-pypi: PYTEST += -m "not slow"
 
 test-%: .venv/%/installed
