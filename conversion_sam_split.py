@@ -70,6 +70,7 @@ def split_layer(
     | a fused tensor and one of its parts | | one of them would be lost |
     | some of them, fused or split | | the others would keep their old values |
     | a tensor that is not expected, such as `q.weight` of an adapted `q`, or a fused adapter | | it would be lost |
+    | a fused tensor whose rows are not a multiple of three | | it cannot be split |
 
     Args:
         state_dict: Tensors by name within the layer, such as `qkv.weight`.
@@ -77,11 +78,11 @@ def split_layer(
 
     Returns:
         The state dict without fused tensors, and the problems, one sentence each.
-
-    Raises:
-        ValueError: If a fused tensor cannot be split in three.
     """
-    entries, twice = split_state_dict(state_dict)
+    try:
+        entries, twice = split_state_dict(state_dict)
+    except ValueError as error:
+        return dict(state_dict), [str(error)]
     problems = []
     if twice:
         problems.append(f"It holds {', '.join(sorted(twice))} twice, fused and separate: remove one of them.")
